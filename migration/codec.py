@@ -1,0 +1,335 @@
+"""Page chunks: bytes that are PageChunk messages (migration.proto), made and read without protobuf's copies.
+
+Rule 1: what `encode_chunk` returns is the protobuf message, fields in order and `data` last; `decode_chunk`
+        reads whatever protobuf's own parser reads, with the same result, or refuses it.
+Rule 2: decode_chunk trusts nothing: every malformed input raises RemoteProtocolError, after work and memory
+        bounded by the message's own size and the limits below.
+Rule 3: `data` is not copied on the receiving side; on the sending side once, from the private buffer into
+        which RAM was gathered to the immutable message.
+Rule 4: the page hashes cover the pages, the chunk hash covers the page hashes and everything else.
+"""
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+import numpy as np
+import xxhash
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from migration.errors import LocalProtocolError, RemoteProtocolError
+from migration.pages import PAGE_BYTES, BoolArray, U8Array, U32Array, U64Array
+from migration.pb.migration_pb2 import PageChunk
+
+Buffer: TypeAlias = bytes | bytearray | memoryview | U8Array
+
+CHUNK_PAGES_MAX = 256  # 1 MiB of data: gRPC peaks near it; 4 KiB messages are 18 times slower
+ZERO_RUNS_MAX = 4096  # zero records have no data; this many runs are at most 40 KiB of fields
+INCARNATION_BYTES_MAX = 64  # a UUID in any spelling
+# Everything but `data`. Ours is at most about 50 KiB; protobuf's parser makes eight bytes of one at worst.
+SMALL_FIELDS_BYTES_MAX = 96 * 1024
+# Field by field costs about 0.3 us each. Room for every list element in a field of its own, which
+# protobuf's parsers accept although its writers pack them.
+FIELDS_MAX = 16_384
+MESSAGE_BYTES_MAX = CHUNK_PAGES_MAX * PAGE_BYTES + SMALL_FIELDS_BYTES_MAX + 4096
+
+ZERO_PAGE_HASH = xxhash.xxh3_64_intdigest(bytes(PAGE_BYTES))
+
+# chunk_hash covers: this head, the incarnation, then the five lists as little-endian arrays (rule 4).
+HASH_HEAD = struct.Struct("<IIIQIII")
+assert HASH_HEAD.size == 32
+
+WIRE_VARINT, WIRE_FIXED64, WIRE_BYTES, WIRE_FIXED32 = 0, 1, 2, 5
+DATA_TAG = PageChunk.DATA_FIELD_NUMBER << 3 | WIRE_BYTES
+assert DATA_TAG < 0x80, "the tag of `data` is one byte"
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkHeader:
+    """Which chunk this is. `round_index` and `attempt` are 1-based, `sequence` is 0-based over the attempt."""
+
+    incarnation: str
+    attempt: int
+    round_index: int
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodedChunk:
+    """A received chunk whose fields are consistent. Runs are ascending and no page is in two of them.
+
+    `data` is a view (data_pages * PAGE_BYTES,) of the message, `page_hashes` has one u64 per data page.
+    Whether the data has these hashes is not known before `verify`.
+    """
+
+    header: ChunkHeader
+    run_first: U64Array
+    run_pages: U32Array
+    zero_first: U64Array
+    zero_pages: U32Array
+    page_hashes: U64Array
+    data: memoryview
+    data_page_count: int
+    zero_page_count: int
+
+
+def page_hashes(data: Buffer) -> U64Array:
+    """xxh3_64 of every page of `data`, whose size is a multiple of PAGE_BYTES.
+
+    The one loop over pages of the project: a call per page is faster than any way around it (0.16 us a page).
+    """
+    rows = np.frombuffer(data, np.uint8).reshape(-1, PAGE_BYTES)
+    return np.fromiter(
+        map(xxhash.xxh3_64_intdigest, cast("Iterable[memoryview]", rows)), np.uint64, len(rows)
+    )
+
+
+def zero_pages_mask(buffer: NDArray[np.uint8]) -> BoolArray:
+    """Which of the pages in `buffer` (n, PAGE_BYTES), contiguous, are all zero: bools (n,).
+
+    Only pages whose middle word is zero are looked at as a whole; random data costs one word a page.
+    """
+    words = buffer.view(np.uint64)
+    suspects = np.flatnonzero(words[:, words.shape[1] // 2] == 0)
+    mask = np.zeros(len(words), np.bool_)
+    if suspects.size == len(words):
+        np.equal(np.bitwise_or.reduce(words, axis=1), 0, out=mask)
+    elif suspects.size:
+        mask[suspects] = np.bitwise_or.reduce(words[suspects], axis=1) == 0
+    return mask
+
+
+def chunk_hash(  # noqa: PLR0917 - the message's fields, in its order
+    header: ChunkHeader,
+    run_first: U64Array,
+    run_pages: U32Array,
+    zero_first: U64Array,
+    zero_pages: U32Array,
+    hashes: U64Array,
+) -> int:
+    """xxh3_64 over the header fields, the runs and the page hashes, and so by way of these over the data."""
+    incarnation = header.incarnation.encode()
+    head = HASH_HEAD.pack(
+        len(incarnation),
+        header.attempt,
+        header.round_index,
+        header.sequence,
+        run_first.size,
+        zero_first.size,
+        hashes.size,
+    )
+    lists = (
+        run_first.astype("<u8", copy=False),
+        run_pages.astype("<u4", copy=False),
+        zero_first.astype("<u8", copy=False),
+        zero_pages.astype("<u4", copy=False),
+        hashes.astype("<u8", copy=False),
+    )
+    return xxhash.xxh3_64_intdigest(b"".join((head, incarnation, *(part.tobytes() for part in lists))))
+
+
+def image_digest(sent_hashes: U64Array, vcpu_state: bytes, device_state: bytes) -> int:
+    """xxh3_64 that names the whole image: the last-sent hash of every page (pages,) and the two states."""
+    digest = xxhash.xxh3_64(struct.pack("<QQQ", sent_hashes.size, len(vcpu_state), len(device_state)))
+    digest.update(np.ascontiguousarray(sent_hashes, "<u8").data)
+    digest.update(vcpu_state)
+    digest.update(device_state)
+    return digest.intdigest()
+
+
+def encode_chunk(  # noqa: PLR0917 - the message's fields, in its order
+    header: ChunkHeader,
+    run_first: U64Array,
+    run_pages: U32Array,
+    zero_first: U64Array,
+    zero_pages: U32Array,
+    hashes: U64Array,
+    data: Buffer,
+) -> bytes:
+    """The message. `data` is the pages of the runs, one after the other; `hashes` are theirs.
+
+    Raises:
+        LocalProtocolError: lists, hashes and data do not fit each other, or exceed a limit.
+    """
+    view = data.data if isinstance(data, np.ndarray) else memoryview(data)
+    data_pages = int(run_pages.sum())
+    if run_first.size != run_pages.size or zero_first.size != zero_pages.size:
+        raise LocalProtocolError("runs of unequal lists")
+    if hashes.size != data_pages or view.nbytes != data_pages * PAGE_BYTES:
+        raise LocalProtocolError(
+            "data does not fit the runs", pages=data_pages, hashes=hashes.size, data=view.nbytes
+        )
+    if data_pages > CHUNK_PAGES_MAX or zero_first.size > ZERO_RUNS_MAX:
+        raise LocalProtocolError("chunk too large", data_pages=data_pages, zero_runs=zero_first.size)
+    message = PageChunk(
+        incarnation=header.incarnation,
+        attempt=header.attempt,
+        round=header.round_index,
+        sequence=header.sequence,
+        run_first=run_first.tolist(),
+        run_pages=run_pages.tolist(),
+        zero_first=zero_first.tolist(),
+        zero_pages=zero_pages.tolist(),
+        page_hashes=hashes.astype("<u8", copy=False).tobytes(),
+        chunk_hash=chunk_hash(header, run_first, run_pages, zero_first, zero_pages, hashes),
+    )
+    small = message.SerializeToString()
+    if not data_pages:
+        return small
+    return b"".join((small, _data_prefix(view.nbytes), view))
+
+
+def decode_chunk(message: bytes, *, pages: int) -> DecodedChunk:
+    """Reads and checks one chunk for a guest of `pages` pages; `data` stays in `message`.
+
+    Raises:
+        RemoteProtocolError: anything at all is wrong with it.
+    """
+    small, data = _split(message)
+    chunk = PageChunk()
+    try:
+        chunk.ParseFromString(small)
+    except DecodeError as error:
+        raise RemoteProtocolError("chunk is no protobuf message", size=len(message)) from error
+    header = ChunkHeader(chunk.incarnation, chunk.attempt, chunk.round, chunk.sequence)
+    if (
+        len(header.incarnation.encode()) > INCARNATION_BYTES_MAX
+        or not header.attempt
+        or not header.round_index
+    ):
+        raise RemoteProtocolError(
+            "chunk header out of range", attempt=header.attempt, round_index=header.round_index
+        )
+    run_first, run_pages = np.array(chunk.run_first, np.uint64), np.array(chunk.run_pages, np.uint32)
+    zero_first, zero_pages = np.array(chunk.zero_first, np.uint64), np.array(chunk.zero_pages, np.uint32)
+    data_page_count = _check_runs("data", run_first, run_pages, pages=pages, runs_max=CHUNK_PAGES_MAX)
+    zero_page_count = _check_runs("zero", zero_first, zero_pages, pages=pages, runs_max=ZERO_RUNS_MAX)
+    if data_page_count and zero_page_count:
+        _check_apart(run_first, run_pages, zero_first, zero_pages)
+    if data_page_count + zero_page_count == 0 or data_page_count > CHUNK_PAGES_MAX:
+        raise RemoteProtocolError("number of pages", data_pages=data_page_count, zero_pages=zero_page_count)
+    if len(chunk.page_hashes) != data_page_count * 8 or data.nbytes != data_page_count * PAGE_BYTES:
+        raise RemoteProtocolError(
+            "chunk's lengths disagree",
+            data_pages=data_page_count,
+            hashes=len(chunk.page_hashes),
+            data=data.nbytes,
+        )
+    hashes = np.frombuffer(chunk.page_hashes, "<u8").astype(np.uint64, copy=False)
+    if chunk.chunk_hash != chunk_hash(header, run_first, run_pages, zero_first, zero_pages, hashes):
+        raise RemoteProtocolError("chunk hash differs", sequence=header.sequence)
+    return DecodedChunk(
+        header=header,
+        run_first=run_first,
+        run_pages=run_pages,
+        zero_first=zero_first,
+        zero_pages=zero_pages,
+        page_hashes=hashes,
+        data=data,
+        data_page_count=data_page_count,
+        zero_page_count=zero_page_count,
+    )
+
+
+def verify(chunk: DecodedChunk) -> None:
+    """Hashes the received pages.
+
+    Raises:
+        RemoteProtocolError: a page differs from its hash; the first such page is named.
+    """
+    wrong = np.flatnonzero(page_hashes(chunk.data) != chunk.page_hashes)
+    if wrong.size:
+        ends = np.cumsum(chunk.run_pages, dtype=np.int64)
+        run = int(np.searchsorted(ends, wrong[0], side="right"))
+        pfn = int(chunk.run_first[run]) + int(wrong[0]) - int(ends[run] - chunk.run_pages[run])
+        raise RemoteProtocolError(
+            "page differs from its hash", pfn=pfn, pages=int(wrong.size), sequence=chunk.header.sequence
+        )
+
+
+def _check_runs(name: str, first: U64Array, count: U32Array, *, pages: int, runs_max: int) -> int:
+    """The number of pages of runs that must be ascending, disjoint, not empty and within the guest."""
+    if first.size != count.size or first.size > runs_max:
+        raise RemoteProtocolError(f"{name} runs: bad number", first=first.size, count=count.size)
+    if not first.size:
+        return 0
+    # Bounding `first` before adding keeps the sum from wrapping; a count has 32 bits.
+    if int(first.max()) >= pages or not count.all():
+        raise RemoteProtocolError(f"{name} runs: out of range", pages=pages, first=int(first.max()))
+    end = first + count
+    if int(end[-1]) > pages or (first[1:] < end[:-1]).any():
+        raise RemoteProtocolError(f"{name} runs: out of range, out of order or overlapping", pages=pages)
+    return int(count.sum(dtype=np.uint64))
+
+
+def _check_apart(
+    run_first: U64Array, run_pages: U32Array, zero_first: U64Array, zero_pages: U32Array
+) -> None:
+    """Data and zero runs, each ascending and disjoint, must not share a page."""
+    following = np.searchsorted(zero_first, run_first)
+    overlaps_next = np.append(zero_first, np.uint64(2**63))[following] < run_first + run_pages
+    zero_ends = np.append(np.uint64(0), zero_first + zero_pages)
+    if overlaps_next.any() or (zero_ends[following] > run_first).any():
+        raise RemoteProtocolError("a page is both data and zero")
+
+
+def _data_prefix(size: int) -> bytes:
+    """Tag and length of the field `data`."""
+    prefix = bytearray((DATA_TAG,))
+    while size >= 0x80:
+        prefix.append(size & 0x7F | 0x80)
+        size >>= 7
+    prefix.append(size)
+    return bytes(prefix)
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    """A protobuf varint of at most ten bytes, 64 bits, and the position behind it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(message):
+            break
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & 0xFFFF_FFFF_FFFF_FFFF, position
+    raise RemoteProtocolError("chunk: broken varint", position=position)
+
+
+def _split(message: bytes) -> tuple[bytes, memoryview]:
+    """Takes the message apart into everything but `data`, for protobuf to parse, and a view of `data`.
+
+    As in protobuf the last of several `data` fields counts, and fields that nobody knows are passed over.
+    """
+    view = memoryview(message)
+    data = view[:0]
+    kept: list[memoryview] = []
+    kept_bytes = position = fields = 0
+    while position < len(message):
+        start = position
+        tag, position = _varint(message, position)
+        number, wire = tag >> 3, tag & 7
+        if wire == WIRE_BYTES:
+            size, position = _varint(message, position)
+            value, position = position, position + size
+        elif wire == WIRE_VARINT:
+            value = position
+            _, position = _varint(message, position)
+        elif wire in {WIRE_FIXED64, WIRE_FIXED32}:
+            value, position = position, position + (8 if wire == WIRE_FIXED64 else 4)
+        else:
+            raise RemoteProtocolError("chunk: unknown wire type", wire=wire, position=start)
+        fields += 1
+        if position > len(message) or not number or fields > FIELDS_MAX:
+            raise RemoteProtocolError("chunk: truncated, or a field too many", position=start, fields=fields)
+        if tag == DATA_TAG:
+            data = view[value:position]
+        elif number in PageChunk.DESCRIPTOR.fields_by_number:
+            kept.append(view[start:position])
+            kept_bytes += position - start
+    if kept_bytes > SMALL_FIELDS_BYTES_MAX:
+        raise RemoteProtocolError("chunk: lists too long", size=kept_bytes)
+    return b"".join(kept), data

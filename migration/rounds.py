@@ -1,0 +1,102 @@
+"""What comes after a pre-copy round: another one, the end of it, or giving up.
+
+Rule 1: the decision is a pure function of what was measured and of what was asked for.
+Rule 2: every decision carries one sentence with the figures it was made from.
+Rule 3: the estimate counts every remaining page as 4096 payload bytes, never as a zero page: it errs to the
+        side of one round too many.
+Rule 4: only what the link showed counts; a configured bandwidth can lower the rate and never raise it,
+        except where nothing was measured yet.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Literal, TypeAlias
+
+from migration.errors import LocalProtocolError
+from migration.pages import PAGE_BYTES
+
+OnRoundsMax: TypeAlias = Literal["switch", "cancel"]
+
+# Assumed while nothing was sent and no bandwidth is configured (a first round that was wholly hinted or zero
+# measures nothing): what a plain 1 Gbit/s link carries. Too low costs one round; too high costs downtime.
+RATE_BYTES_PER_S_ASSUMED = 118_000_000
+
+
+class DecisionKind(Enum):
+    """What to do next."""
+
+    NEXT_ROUND = auto()
+    STOP_COPY = auto()
+    CANCEL = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do next, and why, in one sentence for the log and the report."""
+
+    kind: DecisionKind
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the scenario asked for. `bandwidth` is in bytes per second, None for unlimited."""
+
+    rounds_max: int = 30
+    downtime_limit_ms: float = 300.0
+    timeout_ms: float = 60_000.0
+    on_rounds_max: OnRoundsMax = "switch"
+    bandwidth: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds_max < 1 or self.downtime_limit_ms < 0 or self.timeout_ms <= 0:
+            raise LocalProtocolError("limits out of range", rounds_max=self.rounds_max)
+        if self.bandwidth is not None and self.bandwidth <= 0:
+            raise LocalProtocolError("bandwidth must be above zero; None is unlimited")
+        if self.on_rounds_max not in {"switch", "cancel"}:
+            raise LocalProtocolError("on_rounds_max is neither switch nor cancel", value=self.on_rounds_max)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundStats:
+    """What is known when a round has ended and its closing harvest is in."""
+
+    index: int  # of the round that ended, 1-based
+    elapsed_ms: float  # since the migration was asked for
+    remaining_pages: int  # dirty in the closing harvest: what a stop now would have to send
+    rate_bytes_per_s: float  # payload over the rounds so far, while sending; 0 when nothing was sent
+
+
+def estimated_rate(rate_bytes_per_s: float, limits: Limits) -> float:
+    """The payload rate to reckon with, in bytes per second: measured, capped by the configured bandwidth."""
+    if rate_bytes_per_s > 0:
+        return min(rate_bytes_per_s, limits.bandwidth or math.inf)
+    return limits.bandwidth or RATE_BYTES_PER_S_ASSUMED
+
+
+def estimated_downtime_ms(remaining_pages: int, rate_bytes_per_s: float, limits: Limits) -> float:
+    """How long sending the remaining pages would take with the guest paused, in milliseconds."""
+    return remaining_pages * PAGE_BYTES * 1e3 / estimated_rate(rate_bytes_per_s, limits)
+
+
+def decide(stats: RoundStats, limits: Limits) -> Decision:
+    """The rule. Reasons to stop come before reasons to give up: who converged late still converged."""
+    if stats.remaining_pages == 0:
+        return Decision(DecisionKind.STOP_COPY, "nothing is left to send")
+    downtime_ms = estimated_downtime_ms(stats.remaining_pages, stats.rate_bytes_per_s, limits)
+    figures = f"{stats.remaining_pages} pages left, about {downtime_ms:.1f} ms"
+    if downtime_ms <= limits.downtime_limit_ms:
+        return Decision(
+            DecisionKind.STOP_COPY, f"{figures}, within the downtime limit of {limits.downtime_limit_ms:g} ms"
+        )
+    if stats.elapsed_ms >= limits.timeout_ms:
+        return Decision(
+            DecisionKind.CANCEL, f"{figures}, and the timeout of {limits.timeout_ms:g} ms is over"
+        )
+    if stats.index >= limits.rounds_max:
+        kind = DecisionKind.STOP_COPY if limits.on_rounds_max == "switch" else DecisionKind.CANCEL
+        return Decision(kind, f"{figures}, after the last of {limits.rounds_max} rounds")
+    return Decision(
+        DecisionKind.NEXT_ROUND, f"{figures}, above the downtime limit of {limits.downtime_limit_ms:g} ms"
+    )
