@@ -1,0 +1,143 @@
+"""Dirty trackers: which pages must be sent again (DESIGN 3.6).
+
+Rule 1: a harvest is what the guest wrote, united with what the devices logged; neither alone is enough.
+Rule 2: between `start` and `harvest` nothing is forgotten; what a harvest returned is the caller's to send.
+Rule 3: the tracker is chosen once, by probing, named with its reason, and never silently degraded.
+Rule 4: hashes and hints do not go together where the guest leaves: a page that was freed, hinted, and came
+        back with the content it had before looks clean to a hash, and the destination never got it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+from host.errors import TrackerUnavailable
+
+if TYPE_CHECKING:
+    from host.device_log import DeviceLog
+    from host.guest_memory import HostRam
+    from host.pagemap import WriteScanner
+    from migration.pages import BoolArray, U64Array
+
+TrackerName = Literal["uffd", "hash"]
+
+
+class DirtyTracker(Protocol):
+    """What both trackers do. One thread at a time."""
+
+    @property
+    def name(self) -> TrackerName:
+        """As in scenario and report."""
+
+    def start(self) -> None:
+        """Track from now on. What was written before is the first round's matter: it sends everything."""
+
+    def harvest(self) -> BoolArray:
+        """Mask over all pages: written since `start` or the last harvest. Raises TrackerUnavailable."""
+
+    def stop(self) -> None:
+        """Track no more and release what tracking needed. Idempotent."""
+
+
+class UffdTracker:
+    """The kernel's: exact, costs the guest about 1 microsecond per page and round.
+
+    The scanner stays the caller's: it outlives one migration attempt.
+    """
+
+    name: TrackerName = "uffd"
+
+    def __init__(self, scanner: WriteScanner, device_log: DeviceLog) -> None:
+        self._scanner = scanner
+        self._device_log = device_log
+
+    def start(self) -> None:
+        """Protect all of RAM."""
+        # The log first: a store that is logged while the scan runs stays for the first harvest.
+        self._device_log.take()
+        self._scanner.scan_and_protect()
+
+    def harvest(self) -> BoolArray:
+        """Pages the guest wrote through its mapping, and the devices' own stores."""
+        written = self._scanner.scan_and_protect()
+        return _with_device_stores(written, self._device_log)
+
+    def stop(self) -> None:
+        """Nothing to release: pages stay protected; the next write to each costs the guest a last fault."""
+
+
+class HashTracker:
+    """The portable one: a page is dirty when it no longer hashes to what was sent.
+
+    `sent_hashes` (one u64 per page, shared with the sender, who writes the hash of the bytes it sent; 0 means
+    never sent) is only read here. Costs a pass over all of RAM per harvest, works with any guest and kernel.
+    """
+
+    name: TrackerName = "hash"
+
+    def __init__(self, ram: HostRam, sent_hashes: U64Array, device_log: DeviceLog) -> None:
+        if len(sent_hashes) != ram.pages:
+            raise ValueError(f"{len(sent_hashes)} hashes for {ram.pages} pages")
+        self._ram = ram
+        self._sent_hashes = sent_hashes
+        self._device_log = device_log
+        self._baseline: U64Array | None = None
+
+    def start(self) -> None:
+        """Hash all of RAM: the state against which never-sent pages are compared."""
+        self._device_log.take()
+        self._baseline = self._ram.hash_pages()
+
+    def harvest(self) -> BoolArray:
+        """Pages that differ from what was sent (never sent: from the start), and the devices' stores."""
+        assert self._baseline is not None, "harvest before start"
+        known = np.where(self._sent_hashes != 0, self._sent_hashes, self._baseline)
+        return _with_device_stores(self._ram.hash_pages() != known, self._device_log)
+
+    def stop(self) -> None:
+        """Forget the baseline."""
+        self._baseline = None
+
+
+def choose(requested: str, write_protect_reason: str, *, hints: bool) -> tuple[TrackerName, str]:
+    """The tracker to use and why, as (name, reason).
+
+    Args:
+        requested: "auto", "uffd" or "hash", as the scenario says.
+        write_protect_reason: why the kernel's tracking is not available; "" when it is.
+        hints: whether free pages will be skipped because the guest hinted them.
+
+    Raises:
+        TrackerUnavailable: what was asked for cannot be had, in one line.
+        ValueError: no such tracker.
+    """
+    match requested:
+        case "uffd" if not write_protect_reason:
+            return "uffd", "asked for"
+        case "uffd":
+            raise TrackerUnavailable(f"tracker uffd is not available: {write_protect_reason}")
+        case "hash" if hints:
+            raise TrackerUnavailable(
+                "tracker hash cannot be combined with hints: a page that was freed and came back"
+                " with the same content looks clean"
+            )
+        case "hash":
+            return "hash", "asked for"
+        case "auto" if not write_protect_reason:
+            return "uffd", "the kernel tracks the guest's writes"
+        case "auto" if hints:
+            raise TrackerUnavailable(
+                f"hints need tracker uffd, which is not available: {write_protect_reason}"
+            )
+        case "auto":
+            return "hash", f"tracker uffd is not available: {write_protect_reason}"
+        case _:
+            raise ValueError(f"no tracker {requested!r}: choose auto, uffd or hash")
+
+
+def _with_device_stores(mask: BoolArray, device_log: DeviceLog) -> BoolArray:
+    # Taken after the guest's harvest: whatever the devices stored until now is in this one.
+    mask[device_log.take()] = True
+    return mask
