@@ -10,9 +10,8 @@ Rule 4: the page hashes cover the pages, the chunk hash covers the page hashes a
 """
 
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 import xxhash
@@ -23,6 +22,9 @@ from migration.errors import LocalProtocolError, RemoteProtocolError
 from migration.pages import PAGE_BYTES, BoolArray, U8Array, U32Array, U64Array
 from migration.pb.migration_pb2 import PageChunk
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 Buffer: TypeAlias = bytes | bytearray | memoryview | U8Array
 
 CHUNK_PAGES_MAX = 256  # 1 MiB of data: gRPC peaks near it; 4 KiB messages are 18 times slower
@@ -30,7 +32,7 @@ ZERO_RUNS_MAX = 4096  # zero records have no data; this many runs are at most 40
 INCARNATION_BYTES_MAX = 64  # a UUID in any spelling
 # Everything but `data`. Ours is at most about 50 KiB; protobuf's parser makes eight bytes of one at worst.
 SMALL_FIELDS_BYTES_MAX = 96 * 1024
-# Field by field costs about 0.3 us each. Room for every list element in a field of its own, which
+# A field costs about 0.3 us. Room for every list element in a field of its own, which
 # protobuf's parsers accept although its writers pack them.
 FIELDS_MAX = 16_384
 MESSAGE_BYTES_MAX = CHUNK_PAGES_MAX * PAGE_BYTES + SMALL_FIELDS_BYTES_MAX + 4096
@@ -42,13 +44,14 @@ HASH_HEAD = struct.Struct("<IIIQIII")
 assert HASH_HEAD.size == 32
 
 WIRE_VARINT, WIRE_FIXED64, WIRE_BYTES, WIRE_FIXED32 = 0, 1, 2, 5
+SMALL_FIELDS = frozenset(PageChunk.DESCRIPTOR.fields_by_number) - {PageChunk.DATA_FIELD_NUMBER}
 DATA_TAG = PageChunk.DATA_FIELD_NUMBER << 3 | WIRE_BYTES
 assert DATA_TAG < 0x80, "the tag of `data` is one byte"
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkHeader:
-    """Which chunk this is. `round_index` and `attempt` are 1-based, `sequence` is 0-based over the attempt."""
+    """Which chunk this is; attempts and rounds count from 1, the sequence from 0 over the attempt."""
 
     incarnation: str
     attempt: int
@@ -58,8 +61,9 @@ class ChunkHeader:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodedChunk:
-    """A received chunk whose fields are consistent. Runs are ascending and no page is in two of them.
+    """A received chunk whose fields are consistent: runs are ascending, and no page is in two of them.
 
+    A chunk without pages is legal: it asks for an acknowledgement.
     `data` is a view (data_pages * PAGE_BYTES,) of the message, `page_hashes` has one u64 per data page.
     Whether the data has these hashes is not known before `verify`.
     """
@@ -208,8 +212,8 @@ def decode_chunk(message: bytes, *, pages: int) -> DecodedChunk:
     zero_page_count = _check_runs("zero", zero_first, zero_pages, pages=pages, runs_max=ZERO_RUNS_MAX)
     if data_page_count and zero_page_count:
         _check_apart(run_first, run_pages, zero_first, zero_pages)
-    if data_page_count + zero_page_count == 0 or data_page_count > CHUNK_PAGES_MAX:
-        raise RemoteProtocolError("number of pages", data_pages=data_page_count, zero_pages=zero_page_count)
+    if data_page_count > CHUNK_PAGES_MAX:
+        raise RemoteProtocolError("chunk too large", data_pages=data_page_count)
     if len(chunk.page_hashes) != data_page_count * 8 or data.nbytes != data_page_count * PAGE_BYTES:
         raise RemoteProtocolError(
             "chunk's lengths disagree",
@@ -327,7 +331,7 @@ def _split(message: bytes) -> tuple[bytes, memoryview]:
             raise RemoteProtocolError("chunk: truncated, or a field too many", position=start, fields=fields)
         if tag == DATA_TAG:
             data = view[value:position]
-        elif number in PageChunk.DESCRIPTOR.fields_by_number:
+        elif number in SMALL_FIELDS:
             kept.append(view[start:position])
             kept_bytes += position - start
     if kept_bytes > SMALL_FIELDS_BYTES_MAX:

@@ -45,7 +45,9 @@ def pfns_of(first: U64Array, count: U32Array | U64Array) -> U64Array:
     total = int(ends[-1]) if ends.size else 0
     # Each run's first page minus its place in the result; unsigned, so the wrap-around cancels.
     offsets = first.astype(np.uint64) - (ends - lengths).astype(np.uint64)
-    return np.repeat(offsets, lengths) + np.arange(total, dtype=np.uint64)
+    pfns: U64Array = np.repeat(offsets, lengths)
+    pfns += np.arange(total, dtype=np.uint64)
+    return pfns
 
 
 def mask_runs(mask: BoolArray) -> tuple[U64Array, U32Array]:
