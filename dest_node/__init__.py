@@ -1,0 +1,1 @@
+"""The role of taking a guest in: page receiver, verification, ownership, restore."""

@@ -129,8 +129,8 @@ Global___OpenReply: _TypeAlias = OpenReply  # noqa: Y015
 
 @_typing.final
 class PageChunk(_message.Message):
-    """A run of consecutive pages, as two packed lists: run i covers pages
-    [run_first[i], run_first[i] + run_pages[i]).
+    """Pages of one round. Runs of consecutive pages are two packed lists: run i covers pages
+    [run_first[i], run_first[i] + run_pages[i]). A chunk without any page asks for an acknowledgement at once.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -382,18 +382,22 @@ class CommitReply(_message.Message):
 
     DECISION_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    RESUME_NS_FIELD_NUMBER: _builtins.int
     decision: Global___Decision.ValueType
     """COMMITTED, ABORTED, or UNSPECIFIED for an unknown id"""
     reason: _builtins.str
+    resume_ns: _builtins.int
+    """from the durable decision to the running guest"""
     def __init__(
         self,
         *,
         decision: Global___Decision.ValueType = ...,
         reason: _builtins.str = ...,
+        resume_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "reason", b"reason", "resume_ns", b"resume_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

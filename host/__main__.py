@@ -1,0 +1,192 @@
+"""`python -m host`: one node process, a host with the roles it is started with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+from concurrent import futures
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from host.agent_link import AgentLink
+from host.balloon_server import BalloonServer
+from host.context import HostContext
+from host.device_log import DeviceLog
+from host.errors import HostError, JournalLocked
+from host.event_log import EventLog
+from host.hint_relay import HintRelay
+from host.journal import Journal
+from host.local_guest import LocalGuest
+from host.node import NodeService
+from host.process import configure_logging, die_with_parent
+from host.resources import ResourceMeter
+from host.roles import RoleRefused, load_role
+from migration.pb import migration_pb2, node_pb2, node_pb2_grpc
+
+CONTROL_THREADS = 16  # a Watch occupies one for as long as it lasts
+MIGRATION_THREADS = 8  # one page stream, its control calls, and those of an attempt that is being replaced
+MESSAGE_BYTES_MAX = 8 << 20  # a chunk is little over 1 MiB; expectations and artefacts come in pieces
+GRACE_S = 2.0
+
+log = structlog.get_logger()
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m host", description=__doc__)
+    parser.add_argument("--name", required=True, help="how this host is called in histories")
+    parser.add_argument("--role", action="append", required=True, help="source, dest; may be repeated")
+    parser.add_argument("--run-dir", required=True, type=Path, help="where node.json and artefacts go")
+    parser.add_argument("--vhost-socket", required=True, help="where the balloon device listens")
+    parser.add_argument("--agent-socket", required=True, help="where the guest agent listens")
+    parser.add_argument("--journal", required=True, type=Path, help="SQLite file of the ownership journal")
+    parser.add_argument("--control", default="127.0.0.1:0", help="Node service: unix:PATH or host:port")
+    parser.add_argument("--migration-address", default="127.0.0.1:0", help="Migration service: host:port")
+    parser.add_argument(
+        "--guest-memory-max", type=int, default=0, metavar="BYTES", help="refuse larger guests (0: no limit)"
+    )
+    parser.add_argument("--die-with-parent", action="store_true", help="end when the starting process ends")
+    return parser.parse_args(argv)
+
+
+def bind(server: grpc.Server, address: str) -> str:
+    """Binds and returns the address with the port that was given."""
+    port = server.add_insecure_port(address)
+    if address.startswith("unix:"):
+        Path(address.removeprefix("unix:")).chmod(0o600)
+        return address
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+def write_node_file(run_dir: Path, control: str, migration_address: str) -> None:
+    """Tells the starter where we serve; atomic, so that a reader sees all or nothing."""
+    target = run_dir / "node.json"
+    draft = target.with_suffix(".tmp")
+    draft.write_text(
+        json.dumps({"pid": os.getpid(), "control": control, "migration_address": migration_address})
+    )
+    draft.replace(target)
+
+
+def message_limits() -> list[tuple[str, int]]:
+    """gRPC's own limit is 4 MiB."""
+    return [
+        ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+        ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def serve(options: argparse.Namespace, stop: threading.Event) -> None:
+    """Everything with one owner each, undone in reverse."""
+    with ExitStack() as stack:
+        events = EventLog(options.name)
+        stack.callback(events.close)
+        resources = ResourceMeter()
+        stack.callback(resources.stop)
+        journal = stack.enter_context(Journal(options.journal))
+        device_log = DeviceLog()
+        relay = HintRelay()
+        balloon = BalloonServer(options.vhost_socket, sink=relay, log=device_log)
+        balloon.start()
+        stack.callback(balloon.stop)
+        link = AgentLink(options.agent_socket)
+        guest = LocalGuest(link, events)
+        link.on_notify = guest.notified
+        context = HostContext(
+            name=options.name,
+            run_dir=options.run_dir,
+            guest_memory_bytes_max=options.guest_memory_max,
+            events=events,
+            journal=journal,
+            guest=guest,
+            balloon=balloon,
+            device_log=device_log,
+            resources=resources,
+            hints=relay,
+        )
+        context.artefacts_dir.mkdir(parents=True, exist_ok=True)
+        roles = [load_role(name, context) for name in options.role]
+        migration_server = grpc.server(
+            futures.ThreadPoolExecutor(MIGRATION_THREADS, "migration"), options=message_limits()
+        )
+        for role in roles:
+            role.register(migration_server)
+            stack.callback(role.stop)
+        migration_address = bind(migration_server, options.migration_address)
+        service = NodeService(context, roles, migration_address, stop)
+        control_server = grpc.server(
+            futures.ThreadPoolExecutor(CONTROL_THREADS, "control"), options=message_limits()
+        )
+        control = bind(control_server, options.control)
+        add_services(control_server, service)
+        stack.callback(lambda: control_server.stop(GRACE_S).wait())
+        stack.callback(events.close)  # ends the watches, so that the control server need not wait for them
+        stack.callback(lambda: migration_server.stop(GRACE_S).wait())
+        events.add("node_started", roles=options.role, migration_address=migration_address)
+        stack.callback(guest.stop)
+
+        def recover() -> None:
+            for role in roles:
+                role.recover()
+
+        guest.start(on_attached=recover)
+        migration_server.start()
+        control_server.start()
+        write_node_file(options.run_dir, control, migration_address)
+        stop.wait()
+        for role in reversed(roles):
+            role.stop()
+        events.add("node_resources", **resources.fields())
+        events.add("node_stopping")
+
+
+def add_services(server: grpc.Server, service: NodeService) -> None:
+    """Node, health and reflection on the control port."""
+    node_pb2_grpc.add_NodeServicer_to_server(service, server)
+    checker = health.HealthServicer()
+    node_name = node_pb2.DESCRIPTOR.services_by_name["Node"].full_name
+    checker.set("", health_pb2.HealthCheckResponse.SERVING)
+    checker.set(node_name, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(checker, server)
+    names = (
+        node_name,
+        migration_pb2.DESCRIPTOR.services_by_name["Migration"].full_name,
+        health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+        reflection.SERVICE_NAME,
+    )
+    reflection.enable_server_reflection(names, server)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs until SIGTERM, SIGINT or Shutdown. Exit codes: 0 asked to end, 1 could not start, 3 role unknown."""
+    options = arguments(argv)
+    if options.die_with_parent:
+        die_with_parent()
+    configure_logging()
+    os.umask(0o077)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        serve(options, stop)
+    except RoleRefused as error:
+        log.error("cannot_start", reason=str(error))  # noqa: TRY400 - one line, no traceback
+        return 3
+    except (JournalLocked, HostError, OSError) as error:
+        log.error("cannot_start", reason=str(error))  # noqa: TRY400
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

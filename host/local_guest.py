@@ -1,0 +1,123 @@
+"""The guest that lives on this host: the agent that holds it, and its RAM as the agent passed it.
+
+Rule 1: the agent is the authority on the guest's state; this class asks, and remembers only descriptors.
+Rule 2: RAM belongs to one guest. It is taken from the agent once it has one, and dropped when it is given away.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from host.errors import AgentError, AgentLost
+from host.guest_memory import HostRam
+from host.pagemap import WriteScanner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from host.agent_link import AgentLink, Hello
+    from host.event_log import EventLog
+
+ATTACH_POLL_S = 1.0  # one wait for the agent's socket; then look whether the node is stopping
+
+
+class LocalGuest:
+    """Thread-safe. `link` is usable after `attached`."""
+
+    def __init__(self, link: AgentLink, events: EventLog) -> None:
+        self.link = link
+        self.ram: HostRam | None = None
+        self.scanner: WriteScanner | None = None
+        self.write_protect_reason = "the guest agent has not passed its memory yet"
+        self._events = events
+        self._attached = threading.Event()
+        self._ready = threading.Event()
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._attach, name="attach-guest", daemon=True)
+        self._on_attached: Callable[[], None] = lambda: None
+
+    @property
+    def attached(self) -> bool:
+        """Whether the agent was found."""
+        return self._attached.is_set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the guest has finished booting and setting its workloads up."""
+        return self._ready.is_set()
+
+    def start(self, on_attached: Callable[[], None]) -> None:
+        """Look for the agent in the background; `on_attached` runs once, before anybody else may use it."""
+        self._on_attached = on_attached
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let go of the agent and of its RAM. The guest lives on."""
+        self._stopping.set()
+        self._thread.join()
+        self.link.close()
+        self.drop_ram()
+
+    def hello(self) -> Hello:
+        """The agent's own account of the guest. Raises AgentLost."""
+        return self.link.hello()
+
+    def take_ram(self) -> HostRam:
+        """Receive the running guest's RAM and dirty tracking from the agent (again).
+
+        Raises:
+            AgentError, AgentLost.
+        """
+        info = self.link.ram()
+        with self._lock:
+            self._drop()
+            self.ram = HostRam(info.memfd, info.memory_bytes)
+            self.write_protect_reason = info.write_protect_reason
+            if info.pagemap_fd is not None:
+                self.scanner = WriteScanner(info.pagemap_fd, info.base_address, self.ram.pages)
+            return self.ram
+
+    def drop_ram(self) -> None:
+        """Forget RAM: the guest left this host, or the host ends."""
+        with self._lock:
+            self._drop()
+
+    def notified(self, event: str, fields: Mapping[str, object]) -> None:
+        """The agent told something by itself."""
+        if event == "ready":
+            self._announce_ready()
+        else:
+            self._events.add(f"guest_{event}", **fields)
+
+    def _announce_ready(self) -> None:
+        if not self._ready.is_set():
+            self._ready.set()
+            self._events.add("guest_ready")
+
+    def _attach(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self.link.connect(timeout=ATTACH_POLL_S)
+                hello = self.link.hello()
+            except AgentLost:
+                continue
+            self._attached.set()
+            try:
+                if hello.state != "standby":
+                    self.take_ram()
+                self._on_attached()
+            except (AgentError, AgentLost) as error:
+                self._events.add("guest_unusable", reason=str(error))
+                return
+            self._events.add("guest_attached", pages=hello.pages, state=hello.state, pid=hello.pid)
+            if hello.ready:
+                self._announce_ready()
+            return
+
+    def _drop(self) -> None:
+        self.scanner = None
+        if self.ram is not None:
+            self.ram.close()
+            self.ram = None

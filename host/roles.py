@@ -1,0 +1,69 @@
+"""Roles: what a host does beyond holding a guest. The host finds them by name and never imports them.
+
+Rule 1: a role is found by the entry point group "ballast.roles"; packages of roles depend on host, not the
+        other way round.
+Rule 2: a role may add services to the migration server, and undoes everything it began in `stop`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from host.errors import HostError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import grpc
+
+    from host.context import HostContext
+    from migration.pb import node_pb2
+
+ENTRY_POINT_GROUP = "ballast.roles"
+
+
+class RoleRefused(HostError):
+    """A role cannot do what it was asked for in its present state; the message says why."""
+
+
+class Role(Protocol):
+    """What every role offers to its host."""
+
+    name: str
+
+    def register(self, server: grpc.Server) -> None:
+        """Add the role's services to the migration server."""
+
+    def recover(self) -> None:
+        """Take up what the journal says was unfinished when this host's process last ended."""
+
+    def artefact(self, name: str) -> Path | None:
+        """The file of a recorded artefact, or None when this role has no such thing."""
+
+    def stop(self) -> None:
+        """End what is under way, in order and in bounded time."""
+
+
+@runtime_checkable
+class GivesGuestsAway(Protocol):
+    """The further face of the source role."""
+
+    def start_migration(self, request: node_pb2.MigrateRequest) -> None:
+        """Begin; raises RoleRefused or ValueError (a bad field)."""
+
+    def cancel(self, reason: str) -> tuple[bool, str]:
+        """(whether it can still be effective, the phase)."""
+
+
+def load_role(name: str, context: HostContext) -> Role:
+    """Makes the role `name` for this host.
+
+    Raises:
+        RoleRefused: there is no such role.
+    """
+    known = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    if name not in known:
+        raise RoleRefused(f"no role {name!r}; known roles: {', '.join(sorted(known)) or 'none'}")
+    role: Role = known[name].load()(context)
+    return role

@@ -1,0 +1,255 @@
+"""Orders that a migration machine gives to its shell. Imperatives, frozen, one closed union per side.
+
+Rule 1: a shell carries commands out in the order given, and answers with the event named in the command.
+Rule 2: a command that fails is answered by HostFailed or PeerLost (source) or ImageRefused (destination).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from migration.events import Answer, Recorded, Timer
+from migration.identity import AttemptKey
+from migration.pages import U64Array
+
+# --- source ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RecordState:
+    """Write this state durably -> StateRecorded."""
+
+    key: AttemptKey
+    state: Recorded
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDestination:
+    """Ask the destination for zeroed memory and open the page stream -> DestinationOpened."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class StartTracking:
+    """Arm the dirty tracker over all of RAM -> TrackingStarted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Harvest:
+    """Read and re-arm the tracker; add the device's own stores -> Harvested."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenHints:
+    """Issue a fresh command id to the guest -> HintsOpened, then HintsReported as they come."""
+
+
+@dataclass(frozen=True, slots=True)
+class CloseHints:
+    """Stop the report, drain the queue -> HintsClosed."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndHints:
+    """Tell the guest DONE: it may have its held pages back. No answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmTimer:
+    """Fire TimerFired(timer) after `delay_ms`."""
+
+    timer: Timer
+    delay_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class DisarmTimer:
+    """Forget the timer."""
+
+    timer: Timer
+
+
+@dataclass(frozen=True, slots=True)
+class SendPages:
+    """Read and send these pages, ascending -> PagesSent."""
+
+    round_index: int
+    pfns: U64Array
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitAcknowledgements:
+    """Tell when everything sent is stored -> AllAcknowledged."""
+
+
+@dataclass(frozen=True, slots=True)
+class PauseGuest:
+    """Stop the guest's threads, then its rings -> GuestPaused."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveGuest:
+    """Take vCPU and device state, end the page stream, compute the digest -> GuestSaved."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendPrepare:
+    """-> PrepareAnswered, or PeerLost."""
+
+    key: AttemptKey
+    image_digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendCommit:
+    """-> CommitAnswered, or PeerLost."""
+
+    key: AttemptKey
+    image_digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeGuest:
+    """Let the guest run on here -> GuestResumed."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeGuest:
+    """The guest was given away: never run it here again. No answer."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class AbortDestination:
+    """Tell the destination, as far as it can be reached. No answer."""
+
+    key: AttemptKey
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetDestination:
+    """The outcome is recorded here: the destination may forget the attempt. No answer."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One line for the history."""
+
+    name: str
+    fields: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class EndMigration:
+    """The attempt is over; nothing follows."""
+
+    outcome: str  # completed | cancelled | failed
+    reason: str
+
+
+SourceCommand = (
+    RecordState
+    | OpenDestination
+    | StartTracking
+    | Harvest
+    | OpenHints
+    | CloseHints
+    | EndHints
+    | ArmTimer
+    | DisarmTimer
+    | SendPages
+    | AwaitAcknowledgements
+    | PauseGuest
+    | SaveGuest
+    | SendPrepare
+    | SendCommit
+    | ResumeGuest
+    | FreezeGuest
+    | AbortDestination
+    | ForgetDestination
+    | Note
+    | EndMigration
+)
+
+# --- destination ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveMemory:
+    """Have RAM that is known to be zero, under a fresh incarnation. No answer."""
+
+    key: AttemptKey
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyImage:
+    """Join every writer, compare counts, digest and (integrity full) RAM -> ImageVerified | ImageRefused."""
+
+    image_digest: int
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreGuest:
+    """Hand RAM and state to the standby agent -> GuestRestored | ImageRefused."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class ConfirmGuest:
+    """Ask the standby agent whether it still holds the image -> GuestConfirmed | ImageRefused."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class RunGuest:
+    """Let the restored guest run, take its balloon over, tell it DONE. No answer."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class DiscardImage:
+    """Join every writer, drop the agent's image if it has one, and leave RAM known zero. No answer."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetAttempt:
+    """Remove the attempt from the journal. No answer."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Answer the call that is being handled."""
+
+    answer: Answer
+    reason: str = ""
+
+
+DestCommand = (
+    RecordState
+    | ReserveMemory
+    | VerifyImage
+    | RestoreGuest
+    | ConfirmGuest
+    | RunGuest
+    | DiscardImage
+    | ForgetAttempt
+    | Reply
+    | Note
+)

@@ -1,0 +1,293 @@
+"""The destination of a migration, no I/O: where the ownership of a guest is decided (DESIGN 3.4, 3.7).
+
+Rule 1: one attempt at a time. A newer attempt is taken in only after the older one was aborted, its writers
+        joined and its memory made zero again; never while an outcome is open (PREPARED) or a guest runs here.
+Rule 2: PREPARED is recorded only after every writer is joined, the image verified and the agent restored it.
+Rule 3: PREPARED becomes COMMITTED in one durable step, and the guest runs only after it.
+Rule 4: once ABORTED is recorded for an attempt, nothing makes it anything else.
+Rule 5: a call about another attempt than the one at hand is answered from what was recorded, or UNKNOWN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum, auto
+
+from migration.commands import (
+    ConfirmGuest,
+    DestCommand,
+    DiscardImage,
+    ForgetAttempt,
+    Note,
+    RecordState,
+    Reply,
+    ReserveMemory,
+    RestoreGuest,
+    RunGuest,
+    VerifyImage,
+)
+from migration.errors import LocalProtocolError, RemoteProtocolError
+from migration.events import (
+    AbortRequested,
+    Answer,
+    CommitRequested,
+    DestEvent,
+    ForgetRequested,
+    GuestConfirmed,
+    GuestRestored,
+    ImageRefused,
+    ImageVerified,
+    OpenRequested,
+    PrepareRequested,
+    Recorded,
+    StateRecorded,
+    StreamBroken,
+)
+from migration.identity import AttemptKey
+
+
+class DestPhase(Enum):
+    """Where the attempt at hand stands here."""
+
+    IDLE = auto()
+    OPENING = auto()
+    RECEIVING = auto()
+    VERIFYING = auto()
+    RESTORING = auto()
+    RECORDING_PREPARED = auto()
+    PREPARED = auto()
+    CONFIRMING = auto()
+    RECORDING_COMMITTED = auto()
+    COMMITTED = auto()
+    ABORTING = auto()
+    ABORTED = auto()
+
+
+P = DestPhase
+
+TRANSITIONS: dict[DestPhase, dict[type[DestEvent], frozenset[DestPhase]]] = {
+    P.IDLE: {OpenRequested: frozenset({P.OPENING})},
+    P.OPENING: {StateRecorded: frozenset({P.RECEIVING})},
+    P.RECEIVING: {
+        OpenRequested: frozenset({P.RECEIVING, P.ABORTING}),
+        StreamBroken: frozenset({P.ABORTING}),
+        PrepareRequested: frozenset({P.VERIFYING}),
+    },
+    P.VERIFYING: {ImageVerified: frozenset({P.RESTORING}), ImageRefused: frozenset({P.ABORTING})},
+    P.RESTORING: {GuestRestored: frozenset({P.RECORDING_PREPARED}), ImageRefused: frozenset({P.ABORTING})},
+    P.RECORDING_PREPARED: {StateRecorded: frozenset({P.PREPARED})},
+    P.PREPARED: {
+        StreamBroken: frozenset({P.PREPARED}),
+        PrepareRequested: frozenset({P.PREPARED}),
+        CommitRequested: frozenset({P.CONFIRMING}),
+    },
+    P.CONFIRMING: {GuestConfirmed: frozenset({P.RECORDING_COMMITTED}), ImageRefused: frozenset({P.ABORTING})},
+    P.RECORDING_COMMITTED: {StateRecorded: frozenset({P.COMMITTED})},
+    P.COMMITTED: {
+        StreamBroken: frozenset({P.COMMITTED}),
+        CommitRequested: frozenset({P.COMMITTED}),
+        PrepareRequested: frozenset({P.COMMITTED}),
+    },
+    P.ABORTING: {StateRecorded: frozenset({P.ABORTED, P.OPENING})},
+    P.ABORTED: {
+        OpenRequested: frozenset({P.OPENING}),
+        StreamBroken: frozenset({P.ABORTED}),
+        PrepareRequested: frozenset({P.ABORTED}),
+        CommitRequested: frozenset({P.ABORTED}),
+    },
+}
+for _phase in (P.RECEIVING, P.PREPARED):
+    TRANSITIONS[_phase][AbortRequested] = frozenset({P.ABORTING})
+for _phase in (P.COMMITTED, P.ABORTED):
+    TRANSITIONS[_phase][AbortRequested] = frozenset({_phase})
+    TRANSITIONS[_phase][ForgetRequested] = frozenset({_phase, P.IDLE})
+
+
+AboutKnownAttempt = PrepareRequested | CommitRequested | AbortRequested | ForgetRequested
+
+
+class DestMachine:
+    """One host's side of taking guests in. Not reusable once it owns a guest (Rule 1)."""
+
+    def __init__(self) -> None:
+        self.phase = P.IDLE
+        self.key: AttemptKey | None = None
+        self._memory_bytes = 0
+        self._prepare: PrepareRequested | None = None
+        self._abort_reason = ""
+        self._next_open: OpenRequested | None = None
+        self._reply_when_aborted = False
+        self._handlers: dict[DestPhase, Callable[[DestEvent], list[DestCommand]]] = {
+            P.IDLE: self._on_open,
+            P.OPENING: self._on_opening,
+            P.RECEIVING: self._on_receiving,
+            P.VERIFYING: self._on_verifying,
+            P.RESTORING: self._on_restoring,
+            P.RECORDING_PREPARED: self._on_recording_prepared,
+            P.PREPARED: self._on_prepared,
+            P.CONFIRMING: self._on_confirming,
+            P.RECORDING_COMMITTED: self._on_recording_committed,
+            P.COMMITTED: self._on_committed,
+            P.ABORTING: self._on_aborting,
+            P.ABORTED: self._on_aborted,
+        }
+
+    def handle(self, event: DestEvent) -> list[DestCommand]:
+        """Takes one fact or call, returns the orders that follow; a call is answered by one Reply.
+
+        Raises:
+            RemoteProtocolError: a call that this attempt does not allow, or about another attempt.
+            LocalProtocolError: the shell told something that cannot happen in this phase.
+        """
+        if isinstance(event, AboutKnownAttempt) and event.key != self.key:
+            return [Reply(Answer.UNKNOWN, f"attempt {event.key} is not known here")]
+        allowed = TRANSITIONS[self.phase].get(type(event))
+        if allowed is None:
+            if isinstance(event, OpenRequested | AboutKnownAttempt):
+                raise RemoteProtocolError(
+                    f"{type(event).__name__} is not possible in phase {self.phase.name}"
+                )
+            raise LocalProtocolError(f"{type(event).__name__} in phase {self.phase.name}")
+        before = self.phase
+        commands = self._handlers[before](event)
+        assert self.phase in allowed, (before, type(event).__name__, self.phase)
+        return commands
+
+    # -- taking in -----------------------------------------------------------------------------
+
+    def _on_open(self, event: DestEvent) -> list[DestCommand]:
+        assert isinstance(event, OpenRequested)
+        self.key, self._memory_bytes = event.key, event.memory_bytes
+        self._prepare, self._abort_reason, self._next_open = None, "", None
+        self.phase = P.OPENING
+        return [
+            ReserveMemory(event.key, event.memory_bytes),
+            RecordState(event.key, Recorded.RECEIVING),
+        ]
+
+    def _on_opening(self, event: DestEvent) -> list[DestCommand]:
+        assert isinstance(event, StateRecorded)
+        self.phase = P.RECEIVING
+        return [Reply(Answer.UNKNOWN)]
+
+    def _on_receiving(self, event: DestEvent) -> list[DestCommand]:
+        match event:
+            case OpenRequested(key) if key == self.key:
+                return [Reply(Answer.UNKNOWN)]  # a repeated Open of this attempt: the same memory
+            case OpenRequested(key):
+                assert self.key is not None
+                if (key.migration, key.attempt) <= (self.key.migration, self.key.attempt):
+                    raise RemoteProtocolError(f"attempt {key} is older than {self.key}")
+                self._next_open = event
+                return self._abort(f"replaced by attempt {key}", reply=False)
+            case StreamBroken(reason):
+                return self._abort(reason, reply=False)
+            case AbortRequested(_, reason):
+                return self._abort(reason, reply=True)
+            case PrepareRequested():
+                self._prepare = event
+                self.phase = P.VERIFYING
+                return [VerifyImage(event.image_digest, event.chunks)]
+        raise LocalProtocolError(f"unhandled {event}")
+
+    # -- preparing -----------------------------------------------------------------------------
+
+    def _on_verifying(self, event: DestEvent) -> list[DestCommand]:
+        if isinstance(event, ImageRefused):
+            return self._abort(event.reason, reply=True)
+        self.phase = P.RESTORING
+        assert self.key is not None
+        return [RestoreGuest(self.key)]
+
+    def _on_restoring(self, event: DestEvent) -> list[DestCommand]:
+        if isinstance(event, ImageRefused):
+            return self._abort(event.reason, reply=True)
+        self.phase = P.RECORDING_PREPARED
+        assert self.key is not None
+        return [RecordState(self.key, Recorded.PREPARED)]
+
+    def _on_recording_prepared(self, event: DestEvent) -> list[DestCommand]:
+        assert isinstance(event, StateRecorded)
+        self.phase = P.PREPARED
+        return [Note("prepared", {}), Reply(Answer.PREPARED)]
+
+    def _on_prepared(self, event: DestEvent) -> list[DestCommand]:
+        assert self.key is not None
+        match event:
+            case StreamBroken():
+                return []  # the pages are in; only the source's word counts now
+            case AbortRequested(_, reason):
+                return self._abort(reason, reply=True)
+            case PrepareRequested():
+                self._check_same_image(event.image_digest)
+                return [Reply(Answer.PREPARED)]
+            case CommitRequested(_, image_digest):
+                self._check_same_image(image_digest)
+                self.phase = P.CONFIRMING
+                return [ConfirmGuest(self.key)]
+        raise LocalProtocolError(f"unhandled {event}")
+
+    def _check_same_image(self, image_digest: int) -> None:
+        assert self._prepare is not None
+        if image_digest != self._prepare.image_digest:
+            raise RemoteProtocolError(
+                f"digest {image_digest:016x} is not the prepared image's {self._prepare.image_digest:016x}"
+            )
+
+    # -- the decision --------------------------------------------------------------------------
+
+    def _on_confirming(self, event: DestEvent) -> list[DestCommand]:
+        if isinstance(event, ImageRefused):
+            return self._abort(event.reason, reply=True)
+        self.phase = P.RECORDING_COMMITTED
+        assert self.key is not None
+        return [RecordState(self.key, Recorded.COMMITTED)]
+
+    def _on_recording_committed(self, event: DestEvent) -> list[DestCommand]:
+        assert isinstance(event, StateRecorded)
+        assert self.key is not None
+        self.phase = P.COMMITTED
+        return [Note("committed", {}), RunGuest(self.key), Reply(Answer.COMMITTED)]
+
+    def _on_committed(self, event: DestEvent) -> list[DestCommand]:
+        match event:
+            case StreamBroken():
+                return []
+            case CommitRequested(_, image_digest):
+                self._check_same_image(image_digest)
+                return [Reply(Answer.COMMITTED)]
+            case ForgetRequested(key):
+                return [ForgetAttempt(key), Reply(Answer.COMMITTED)]
+        return [Reply(Answer.COMMITTED)]
+
+    # -- giving up -----------------------------------------------------------------------------
+
+    def _abort(self, reason: str, *, reply: bool) -> list[DestCommand]:
+        assert self.key is not None
+        self._abort_reason, self._reply_when_aborted = reason, reply
+        self.phase = P.ABORTING
+        return [DiscardImage(reason), RecordState(self.key, Recorded.ABORTED, reason)]
+
+    def _on_aborting(self, event: DestEvent) -> list[DestCommand]:
+        assert isinstance(event, StateRecorded)
+        self.phase = P.ABORTED
+        note = Note("aborted", {"reason": self._abort_reason})
+        if self._next_open is not None:
+            return [note, *self._on_open(self._next_open)]
+        reply: list[DestCommand] = (
+            [Reply(Answer.ABORTED, self._abort_reason)] if self._reply_when_aborted else []
+        )
+        return [note, *reply]
+
+    def _on_aborted(self, event: DestEvent) -> list[DestCommand]:
+        match event:
+            case OpenRequested(key):
+                if key == self.key:
+                    raise RemoteProtocolError(f"attempt {key} was aborted: {self._abort_reason}")
+                return self._on_open(event)
+            case StreamBroken():
+                return []
+            case ForgetRequested(key):
+                self.phase, self.key = P.IDLE, None
+                return [ForgetAttempt(key), Reply(Answer.ABORTED)]
+        return [Reply(Answer.ABORTED, self._abort_reason)]

@@ -1,0 +1,315 @@
+"""Facts that a migration machine may be told. Past participles, frozen, one closed union per side.
+
+Whatever is not in `SourceEvent` or `DestEvent` cannot happen to a machine. Arrays in events are handed
+over: whoever posted one does not touch it again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from migration.identity import AttemptKey
+from migration.pages import BoolArray, U64Array
+from migration.rounds import Limits
+
+
+class Skip(Enum):
+    """Which pages an arm leaves out: nothing, zero pages, hinted free pages, or both."""
+
+    NONE = "none"
+    ZERO = "zero"
+    HINT = "hint"
+    BOTH = "both"
+
+    @property
+    def uses_hints(self) -> bool:
+        """Whether the guest is asked for its free pages."""
+        return self in (Skip.HINT, Skip.BOTH)
+
+    @property
+    def detects_zero(self) -> bool:
+        """Whether zero pages cross as records instead of payload."""
+        return self in (Skip.ZERO, Skip.BOTH)
+
+
+class Answer(Enum):
+    """What a destination says about an attempt; UNKNOWN is no answer (DESIGN 3.4)."""
+
+    UNKNOWN = 0
+    PREPARED = 1
+    COMMITTED = 2
+    ABORTED = 3
+
+
+class Recorded(Enum):
+    """States of an attempt in a journal. The source and the destination use the same words."""
+
+    STARTED = "STARTED"
+    RECEIVING = "RECEIVING"
+    PREPARED = "PREPARED"
+    COMMITTING = "COMMITTING"
+    COMMITTED = "COMMITTED"
+    COMPLETED = "COMPLETED"
+    ABORTED = "ABORTED"
+
+
+class Timer(Enum):
+    """Named timers of the source machine; arming one again replaces it."""
+
+    HINT_WAIT = "hint_wait"
+    MIGRATION = "migration"
+    COMMIT_RETRY = "commit_retry"
+
+
+# --- source ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationRequested:
+    """The testbed asked for a migration."""
+
+    key: AttemptKey
+    pages: int
+    skip: Skip
+    limits: Limits
+    hint_wait_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationOpened:
+    """The destination holds zeroed memory for us, under this incarnation."""
+
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrackingStarted:
+    """From now on every write of the guest is in some later harvest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Harvested:
+    """Pages written since the last harvest, shape (pages,); the tracker is armed anew for them."""
+
+    dirty: BoolArray
+
+
+@dataclass(frozen=True, slots=True)
+class HintsOpened:
+    """A command id was issued to the guest."""
+
+    command_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class HintsReported:
+    """What the guest put on the hint queue: valid ranges of the open id, and counts of the rest."""
+
+    command_id: int
+    pfn_first: U64Array = field(default_factory=lambda: np.empty(0, np.uint64))
+    page_count: U64Array = field(default_factory=lambda: np.empty(0, np.uint64))
+    stopped: bool = False
+    stale_pages: int = 0
+    rejected_ranges: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HintsClosed:
+    """The id is closed and the queue is drained: `last` holds what was still in it."""
+
+    last: HintsReported
+
+
+@dataclass(frozen=True, slots=True)
+class PagesSent:
+    """A batch left for the destination."""
+
+    data_pages: int
+    zero_pages: int
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AllAcknowledged:
+    """The destination has stored every chunk sent so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestPaused:
+    """All guest threads stopped, then the rings: nobody writes guest RAM any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestSaved:
+    """vCPU and device state are in the shell's hands; the digest covers them and every page sent."""
+
+    image_digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareAnswered:
+    """PREPARED, or ABORTED with a reason."""
+
+    answer: Answer
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitAnswered:
+    """COMMITTED and ABORTED are final; UNKNOWN is no answer."""
+
+    answer: Answer
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StateRecorded:
+    """The journal holds this state durably."""
+
+    state: Recorded
+
+
+@dataclass(frozen=True, slots=True)
+class GuestResumed:
+    """The guest runs on at the source."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """A timer that was armed ran out."""
+
+    timer: Timer
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """The destination cannot be reached, refused, or broke the protocol."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostFailed:
+    """Something on this host failed: the guest agent, the tracker, the journal."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """Somebody asked to stop the migration."""
+
+    reason: str
+
+
+SourceEvent = (
+    MigrationRequested
+    | DestinationOpened
+    | TrackingStarted
+    | Harvested
+    | HintsOpened
+    | HintsReported
+    | HintsClosed
+    | PagesSent
+    | AllAcknowledged
+    | GuestPaused
+    | GuestSaved
+    | PrepareAnswered
+    | CommitAnswered
+    | StateRecorded
+    | GuestResumed
+    | TimerFired
+    | PeerLost
+    | HostFailed
+    | CancelRequested
+)
+
+# --- destination ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequested:
+    """A source wants to send this guest."""
+
+    key: AttemptKey
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamBroken:
+    """The page stream ended in another way than by the source's half-close."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareRequested:
+    """All pages are sent. `chunks` says how many there were, `image_digest` what they must add up to."""
+
+    key: AttemptKey
+    incarnation: str
+    image_digest: int
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageVerified:
+    """Writers joined, digest equal, and (integrity full) RAM read back equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRefused:
+    """Verification or restore failed."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GuestRestored:
+    """The standby agent holds RAM and state, and does not run."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRequested:
+    """The source can no longer go back by itself; it asks for the decision."""
+
+    key: AttemptKey
+    image_digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class GuestConfirmed:
+    """The standby agent still holds the image for this epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequested:
+    """The source gives the attempt up."""
+
+    key: AttemptKey
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetRequested:
+    """The source recorded the outcome; it need not be remembered here."""
+
+    key: AttemptKey
+
+
+DestEvent = (
+    OpenRequested
+    | StreamBroken
+    | PrepareRequested
+    | ImageVerified
+    | ImageRefused
+    | GuestRestored
+    | StateRecorded
+    | CommitRequested
+    | GuestConfirmed
+    | AbortRequested
+    | ForgetRequested
+)

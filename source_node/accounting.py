@@ -1,0 +1,41 @@
+"""What a migration cost: instants in, the fields of the event migration_ended out.
+
+Rule 1: total and downtime are what the guest's user would have had: the time that `integrity = "full"` takes
+        to hash the destination's RAM while the guest stands still is told apart, as verify_ms.
+Rule 2: downtime is pause ordered -> the destination's COMMITTED answered, on the source's clock alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+PARTS = ("pause", "harvest", "send", "save", "prepare", "verify", "commit", "resume")
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Instants of one attempt, all from one monotonic clock, in ns; 0 means not reached."""
+
+    requested_ns: int = 0
+    first_round_ns: int = 0
+    pause_ordered_ns: int = 0
+    decided_ns: int = 0
+    ended_ns: int = 0
+    parts_ns: dict[str, int] = field(default_factory=dict)
+
+    def times(self) -> dict[str, object]:
+        """total_ms, setup_ms, downtime_ms, verify_ms and the parts of the downtime."""
+        verify_ns = self.parts_ns.get("verify", 0)
+        end_ns = self.decided_ns or self.ended_ns
+        downtime_ns = self.decided_ns - self.pause_ordered_ns - verify_ns if self.decided_ns else 0
+        return {
+            "total_ms": _ms(end_ns - self.requested_ns - verify_ns),
+            "setup_ms": _ms(self.first_round_ns - self.requested_ns) if self.first_round_ns else 0.0,
+            "downtime_ms": _ms(downtime_ns),
+            "verify_ms": _ms(verify_ns),
+            "downtime_parts_ms": {name: _ms(self.parts_ns.get(name, 0)) for name in PARTS},
+        }
+
+
+def _ms(duration_ns: int) -> float:
+    return round(duration_ns / 1e6, 3)

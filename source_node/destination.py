@@ -1,0 +1,146 @@
+"""The destination as the source sees it: one channel, the control calls, the page stream.
+
+Rule 1: every call has a deadline. Open, Prepare and Commit answer through a callback, so that the migration
+        thread stays free to be cancelled while the destination works.
+Rule 2: a refusal and a lost connection are both PeerLost with one line; only replies are answers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import grpc
+
+from migration.events import (
+    Answer,
+    CommitAnswered,
+    DestinationOpened,
+    PeerLost,
+    PrepareAnswered,
+    SourceEvent,
+)
+from migration.pages import PAGE_BYTES
+from migration.pb import migration_pb2, migration_pb2_grpc
+from source_node.page_stream import PageStream, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from migration.identity import AttemptKey
+
+OPEN_TIMEOUT_S = 10.0  # reserving is bookkeeping; zeroing a failed attempt's 8 GiB takes about a second
+PREPARE_TIMEOUT_S = 120.0  # integrity full hashes all of RAM, several GiB a second
+COMMIT_TIMEOUT_S = 10.0  # then it is asked again
+FAREWELL_TIMEOUT_S = 5.0  # Abort and Forget: best effort
+KEEPALIVE_MS = 5_000  # a destination that is gone without a word is noticed within twice this
+MESSAGE_BYTES_MAX = 8 << 20
+
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+    ("grpc.http2.max_pings_without_data", 0),  # unlimited: the stream may be silent while the guest hints
+    ("grpc.enable_retries", 0),  # a retried call would be a second message; the machine decides
+    ("grpc.use_local_subchannel_pool", 1),  # our own connection, so that its bytes can be told apart
+]
+
+
+def id_message(key: AttemptKey) -> migration_pb2.AttemptId:
+    """The key on the wire."""
+    return migration_pb2.AttemptId(
+        migration=key.migration, attempt=key.attempt, guest_epoch=key.guest_epoch
+    )
+
+
+class Destination:
+    """One attempt's peer. Events go to `post`, from gRPC's threads."""
+
+    def __init__(self, address: str, key: AttemptKey, post: Callable[[SourceEvent], None]) -> None:
+        self.address = address
+        self.incarnation = ""
+        self.control_bytes = 0  # of control messages sent, with their gRPC prefix
+        self.verify_ns = 0
+        self.resume_ns = 0
+        self._key = key
+        self._post = post
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = migration_pb2_grpc.MigrationStub(self._channel)
+
+    def open(self, memory_bytes: int, integrity: str) -> None:
+        """-> DestinationOpened or PeerLost."""
+        request = migration_pb2.OpenRequest(
+            id=id_message(self._key),
+            memory_bytes=memory_bytes,
+            page_bytes=PAGE_BYTES,
+            integrity=integrity,
+        )
+        self._call(self._stub.Open, request, OPEN_TIMEOUT_S, self._opened)
+
+    def page_stream(self, on_ack: Callable[[], None]) -> PageStream:
+        """The stream of this attempt; its loss is posted as PeerLost."""
+        return PageStream(self._channel, on_ack=on_ack, on_lost=lambda why: self._post(PeerLost(why)))
+
+    def prepare(self, request: migration_pb2.PrepareRequest) -> None:
+        """-> PrepareAnswered or PeerLost."""
+        self._call(self._stub.Prepare, request, PREPARE_TIMEOUT_S, self._prepared)
+
+    def commit(self, image_digest: int) -> None:
+        """-> CommitAnswered or PeerLost."""
+        request = migration_pb2.CommitRequest(id=id_message(self._key), image_digest=image_digest)
+        self._call(self._stub.Commit, request, COMMIT_TIMEOUT_S, self._committed)
+
+    def abort(self, reason: str) -> str:
+        """Tell it, as far as it can be reached; returns what went wrong, or ""."""
+        request = migration_pb2.AbortRequest(id=id_message(self._key), reason=reason)
+        return self._farewell(self._stub.Abort, request)
+
+    def forget(self) -> str:
+        """The outcome is recorded here; returns what went wrong, or ""."""
+        return self._farewell(self._stub.Forget, migration_pb2.ForgetRequest(id=id_message(self._key)))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    # -- answers -------------------------------------------------------------------------------
+
+    def _opened(self, reply: migration_pb2.OpenReply) -> SourceEvent:
+        self.incarnation = reply.incarnation
+        return DestinationOpened(reply.incarnation)
+
+    def _prepared(self, reply: migration_pb2.PrepareReply) -> SourceEvent:
+        self.verify_ns = reply.verify_ns
+        return PrepareAnswered(_answer(reply.decision), reply.reason)
+
+    def _committed(self, reply: migration_pb2.CommitReply) -> SourceEvent:
+        self.resume_ns = reply.resume_ns
+        return CommitAnswered(_answer(reply.decision), reply.reason)
+
+    def _call(self, method, request, timeout_s, event_of) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        self.control_bytes += request.ByteSize() + 5
+
+        def done(future: grpc.Future) -> None:
+            try:
+                self._post(event_of(future.result()))
+            except grpc.RpcError as error:
+                name = type(request).__name__.removesuffix("Request")
+                self._post(PeerLost(f"{name} to {self.address}: {one_line(error)}"))
+
+        method.future(request, timeout=timeout_s).add_done_callback(done)
+
+    def _farewell(self, method, request) -> str:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        self.control_bytes += request.ByteSize() + 5
+        try:
+            method(request, timeout=FAREWELL_TIMEOUT_S)
+        except grpc.RpcError as error:
+            return one_line(error)
+        return ""
+
+
+def _answer(decision: int) -> Answer:
+    return {
+        migration_pb2.DECISION_PREPARED: Answer.PREPARED,
+        migration_pb2.DECISION_COMMITTED: Answer.COMMITTED,
+        migration_pb2.DECISION_ABORTED: Answer.ABORTED,
+    }.get(decision, Answer.UNKNOWN)

@@ -1,0 +1,100 @@
+"""Turns page numbers into chunks: one gather of live RAM, then everything sees only the private copy.
+
+Rule 1: RAM is live. A page is copied exactly once; its zero test and its hash are of that copy.
+Rule 2: a page that is a hole of the memfd is zero and is never read through a mapping (that would allocate it).
+        The mask of holes is taken after the harvest that made the round: a page filled later is dirty later.
+Rule 3: `sent_hashes` says, per page, the hash of the bytes that were sent last; 0 means never sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from migration.codec import (
+    CHUNK_PAGES_MAX,
+    ZERO_PAGE_HASH,
+    ChunkHeader,
+    encode_chunk,
+    page_hashes,
+    zero_pages_mask,
+)
+from migration.pages import PAGE_BYTES, runs_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from host.guest_memory import HostRam
+    from migration.pages import BoolArray, U64Array
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingChunk:
+    """One message, ready for the stream."""
+
+    message: bytes
+    data_pages: int
+    zero_pages: int
+
+
+class PageReader:
+    """Reads one guest's RAM for one attempt. Used by one thread."""
+
+    def __init__(self, ram: HostRam, *, incarnation: str, attempt: int, detects_zero: bool) -> None:
+        self.sent_hashes = np.zeros(ram.pages, np.uint64)
+        self.chunks = 0
+        self._ram = ram
+        self._incarnation = incarnation
+        self._attempt = attempt
+        self._detects_zero = detects_zero
+        self._buffer = np.empty((CHUNK_PAGES_MAX, PAGE_BYTES), np.uint8)
+        self._populated: BoolArray = np.ones(ram.pages, np.bool_)
+
+    def begin_round(self) -> None:
+        """Look anew where the holes are. To be called after the round's harvest (Rule 2)."""
+        self._populated = self._ram.populated()
+
+    def chunks_of(self, round_index: int, pfns: U64Array) -> Iterator[OutgoingChunk]:
+        """The chunks that carry these pages (ascending), each at most CHUNK_PAGES_MAX data pages."""
+        if self._detects_zero:
+            holes = ~self._populated[pfns]
+            if holes.any():
+                yield self._zero_chunk(round_index, pfns[holes])
+                pfns = pfns[~holes]
+        for start in range(0, len(pfns), CHUNK_PAGES_MAX):
+            yield self._data_chunk(round_index, pfns[start : start + CHUNK_PAGES_MAX])
+
+    def marker(self, round_index: int) -> OutgoingChunk:
+        """A chunk without pages: it asks for an acknowledgement at once."""
+        return self._chunk(round_index, _NO_PFNS, _NO_PFNS, _NO_PFNS, memoryview(b""))
+
+    def _zero_chunk(self, round_index: int, pfns: U64Array) -> OutgoingChunk:
+        return self._chunk(round_index, _NO_PFNS, pfns, _NO_PFNS, memoryview(b""))
+
+    def _data_chunk(self, round_index: int, pfns: U64Array) -> OutgoingChunk:
+        pages = self._buffer[: len(pfns)]
+        self._ram.gather(pfns, pages, self._populated)
+        zero_pfns = _NO_PFNS
+        if self._detects_zero:
+            zero = zero_pages_mask(pages)
+            if zero.any():
+                zero_pfns, pfns, pages = pfns[zero], pfns[~zero], pages[~zero]
+        data = memoryview(pages.reshape(-1))
+        return self._chunk(round_index, pfns, zero_pfns, page_hashes(data), data)
+
+    def _chunk(
+        self, round_index: int, pfns: U64Array, zero_pfns: U64Array, hashes: U64Array, data: memoryview
+    ) -> OutgoingChunk:
+        header = ChunkHeader(self._incarnation, self._attempt, round_index, self.chunks)
+        run_first, run_pages = runs_of(pfns)
+        zero_first, zero_pages = runs_of(zero_pfns)
+        message = encode_chunk(header, run_first, run_pages, zero_first, zero_pages, hashes, data)
+        self.sent_hashes[pfns] = hashes
+        self.sent_hashes[zero_pfns] = ZERO_PAGE_HASH
+        self.chunks += 1
+        return OutgoingChunk(message, len(pfns), len(zero_pfns))
+
+
+_NO_PFNS: U64Array = np.empty(0, np.uint64)
