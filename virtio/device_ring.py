@@ -1,8 +1,8 @@
 """The device's side of a split virtqueue (virtio 1.2 section 2.7), written for guests that lie.
 
 Rule 1: a descriptor is read once, into private memory, and only what was checked is used.
-Rule 2: a bad chain is given back used with length 0 and reported; a ring whose *index* or *head* is bad has no
-        chain to give back, so it is broken and stays broken until it is set up again.
+Rule 2: a bad chain is given back used with length 0 and reported; a ring whose *index* or *head* is bad has
+        no chain to give back, so it is broken and stays broken until it is set up again.
 Rule 3: no walk is longer than the queue, no call takes more chains than asked: a guest cannot make us spin.
 Rule 4: a chain is written back only if it is in flight; anything else is our own mistake.
 Rule 5: every store into guest memory is logged after it was made (`take_stores`): the guest's kernel cannot
@@ -45,7 +45,7 @@ assert _DESCRIPTOR.size == DESCRIPTOR_BYTES
 
 
 class Chain(NamedTuple):
-    """One chain of buffers as the driver offered it, checked: every buffer is inside guest RAM, none is empty.
+    """One chain of buffers as the driver offered it: every buffer lies inside guest RAM, none is empty.
 
     Attributes:
         head: number to give back with `DeviceRing.push`.
@@ -78,8 +78,8 @@ class DeviceRing:
     ) -> None:
         """Take a ring over at `next_avail`; the used index is the one in guest memory.
 
-        Raises GuestProtocolError ("ring_layout") when the layout is not legal for `memory` (writable bytes, the
-        whole guest RAM).
+        Raises GuestProtocolError ("ring_layout") when the layout is not legal for `memory` (writable bytes,
+        the whole guest RAM).
         """
         check_layout(layout, len(memory))
         self.layout = layout
@@ -118,8 +118,8 @@ class DeviceRing:
     def pop_all(self, chains_max: int | None = None) -> list[Chain]:
         """At most `chains_max` (default: the ring's size) chains; never raises for what the guest did.
 
-        Bad chains are given back used, and their errors wait in `take_errors`, as does the error of a ring that
-        broke. 1024 chains of one descriptor take about a millisecond.
+        Bad chains are given back used, and their errors wait in `take_errors`, as does the error of a ring
+        that broke. 1024 chains of one descriptor take about a millisecond.
         """
         limit = self.size if chains_max is None else chains_max
         chains: list[Chain] = []
@@ -228,7 +228,7 @@ class DeviceRing:
         return waiting
 
     def _pop_simple(self, count: int) -> list[Chain] | None:
-        """`count` chains at once, if each is one good direct descriptor; otherwise None and nothing happened."""
+        """`count` chains at once if each is one good direct descriptor; else None and nothing happened."""
         view = self._view
         heads = view.avail[(self.next_avail + np.arange(count)) & (self.size - 1)]
         if int(heads.max()) >= self.size or self._in_flight[heads].any():

@@ -2,8 +2,8 @@
 
 Rule 1: ring memory is written only through `memory`, the guest's registered mapping, so that dirty tracking
         sees every store.
-Rule 2: construction writes nothing: a fresh ring lies in zeroed RAM (or call `format`), a restored one goes on
-        from `restore`.
+Rule 2: construction writes nothing: a fresh ring lies in zeroed RAM (or call `format`), a restored one goes
+        on from `restore`.
 Rule 3: what is free and what is chained to what is known from private copies; the device can write neither.
 Rule 4: descriptors are freed only by used entries. A used entry for a chain that is not in flight is the
         device's fault, and the ring is of no more use.
@@ -66,7 +66,8 @@ class DriverRing:
     def __init__(self, memory: memoryview, layout: RingLayout, *, event_idx: bool = False) -> None:
         """A ring whose memory is zero or will be `restore`d; nothing is written here.
 
-        `memory` is all of guest RAM as writable bytes. Raises LocalProtocolError when the layout is not legal.
+        `memory` is all of guest RAM as writable bytes. Raises LocalProtocolError when the layout is not
+        legal.
         """
         try:
             check_layout(layout, len(memory))
@@ -77,6 +78,14 @@ class DriverRing:
         self._view = RingView(memory, layout)
         self._event_idx = event_idx
         self._interrupts = True
+        self._free: U16Array  # a stack; its top is at _free_count - 1
+        self._free_count: int
+        self._next: U16Array  # by descriptor: the next one of its chain
+        self._counts: U16Array  # by head: ring descriptors of the chain, 0 when not in flight
+        self._tokens: dict[int, object]  # by head, where not None
+        self._avail: int  # next entry of the available ring to fill
+        self._published: int  # the available index the device sees
+        self._seen: int  # next entry of the used ring to look at
         self._forget()
 
     @property
@@ -226,7 +235,7 @@ class DriverRing:
             view.words[view.used_event_at] = self._seen
         else:
             view.words[view.avail_flags_at] = 0
-        return view.words[view.used_index_at] != self._seen
+        return bool(view.words[view.used_index_at] != self._seen)
 
     def save(self) -> dict[str, Any]:
         """What RAM does not say about this ring: small, of JSON types. RAM holds the rest.
@@ -251,7 +260,8 @@ class DriverRing:
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from `save`d state and the descriptor table in RAM.
 
-        Raises RemoteProtocolError ("ring_state") when the two do not fit together; the ring is then unchanged.
+        Raises RemoteProtocolError ("ring_state") when the two do not fit together; the ring is then
+        unchanged.
         """
         try:
             heads, tokens = self._parse(saved)
@@ -274,13 +284,11 @@ class DriverRing:
 
     def _forget(self) -> None:
         size = self.size
-        self._free = np.arange(size, dtype=np.uint16)[::-1].copy()  # a stack; its top is at _free_count - 1
+        self._free = np.arange(size, dtype=np.uint16)[::-1].copy()
         self._free_count = size
         self._next = np.zeros(size, np.uint16)
-        self._counts = np.zeros(
-            size, np.uint16
-        )  # by head: ring descriptors of the chain, 0 when not in flight
-        self._tokens: dict[int, object] = {}
+        self._counts = np.zeros(size, np.uint16)
+        self._tokens = {}
         self._avail = self._published = self._seen = 0
 
     def _take(self, count: int) -> U16Array:
@@ -294,7 +302,7 @@ class DriverRing:
         fresh = (index - self._seen) & 0xFFFF
         if fresh > self.size:
             raise DeviceProtocolError("used_index", f"{fresh} new entries in a ring of {self.size}")
-        entries = view.used[(self._seen + np.arange(fresh)) & (self.size - 1)]
+        entries: U32Array = view.used[(self._seen + np.arange(fresh)) & (self.size - 1)]
         if fresh:
             heads = entries[:, 0]
             if int(heads.max()) >= self.size or not self._counts[heads].all():

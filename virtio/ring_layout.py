@@ -5,7 +5,8 @@ Rule 2: indices and flags are read and written through `memoryview.cast("H")`, o
         `struct.pack_into` may store byte by byte, and a torn index is a wrong index.
 Rule 3: table and ring entries are published by the index that follows them, never before it. Python has no
         memory fence; x86 keeps stores in order, and the kick's system call orders the rest. The one race that
-        leaves open (I publish while you re-enable notifications) is closed by looking again after re-enabling.
+        leaves open (I publish while you re-enable notifications) is closed by looking again after
+        re-enabling.
 """
 
 from __future__ import annotations
@@ -91,8 +92,9 @@ def need_event(event: int, new: int, old: int) -> bool:
 class RingView:
     """Raw access to one ring's memory; no rules, no state.
 
-    `words` is RAM as 16-bit words; the `*_at` attributes index it. `table`, `avail` and `used` are numpy views
-    of the descriptor table (structured), the available ring (size,) and the used ring (size, 2: id, length).
+    `words` is RAM as 16-bit words; the `*_at` attributes index it. `table`, `avail` and `used` are numpy
+    views of the descriptor table (structured), the available ring (size,) and the used ring (size, 2: id,
+    length).
     """
 
     def __init__(self, memory: memoryview, layout: RingLayout) -> None:

@@ -1,10 +1,11 @@
 """The small second socket between a node and its guest agent: what vhost-user has no message for.
 
-Rule 1: one SOCK_SEQPACKET datagram is one JSON object of at most 64 KiB; descriptors travel beside it (SCM_RIGHTS).
+Rule 1: one SOCK_SEQPACKET datagram is one JSON object of at most 64 KiB; descriptors travel beside it
+        (SCM_RIGHTS).
 Rule 2: a request has "op" and "id"; its reply has the same "id" and "ok", and "error" when it is not ok; a
         notification has op "notify" and "event" and no id.
-Rule 3: whatever arrives is checked here, once: names, types and ranges. Fields nobody asked for are let through,
-        so that an older node and a newer agent can talk.
+Rule 3: whatever arrives is checked here, once: names, types and ranges. Fields nobody asked for are let
+        through, so that an older node and a newer agent can talk.
 Rule 4: no sockets here. `FDS_OF_REQUEST` and `FDS_OF_REPLY` say how many descriptors belong to a message.
 """
 
@@ -183,12 +184,12 @@ def encode_reply(request_id: int, **fields: Any) -> bytes:
 
 
 def encode_error(request_id: int, error: str) -> bytes:
-    """The datagram that refuses a request with a one-line reason (cut to 1000 characters). Raises as `encode`."""
+    """The datagram that refuses a request, with a reason of at most 1000 characters. Raises as `encode`."""
     return encode(REPLY, id=request_id, ok=False, error=error[:1000])
 
 
 def decode(data: bytes | bytearray | memoryview) -> tuple[str, dict[str, Any]]:
-    """What a datagram says: (op, fields without "op"); op is `REPLY` for replies and `NOTIFY` for notifications.
+    """What a datagram says: (op, fields without "op"); op is `REPLY` or `NOTIFY` for what is no request.
 
     Raises:
         SidebandError: kind "size", "json", "op" or "field".
