@@ -289,17 +289,13 @@ def _data_prefix(size: int) -> bytes:
     return bytes(prefix)
 
 
-def _varint(message: bytes, position: int) -> tuple[int, int]:
-    """A protobuf varint of at most ten bytes, 64 bits, and the position behind it."""
+def _varint(message: bytes, position: int, *, bytes_max: int) -> tuple[int, int]:
+    """A protobuf varint of at most `bytes_max` bytes, and the position behind it."""
     value = 0
-    for shift in range(0, 70, 7):
-        if position >= len(message):
-            break
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
+    for shift, byte in enumerate(message[position : position + bytes_max]):
+        value |= (byte & 0x7F) << (7 * shift)
         if byte < 0x80:
-            return value & 0xFFFF_FFFF_FFFF_FFFF, position
+            return value, position + shift + 1
     raise RemoteProtocolError("chunk: broken varint", position=position)
 
 
@@ -314,20 +310,20 @@ def _split(message: bytes) -> tuple[bytes, memoryview]:
     kept_bytes = position = fields = 0
     while position < len(message):
         start = position
-        tag, position = _varint(message, position)
+        tag, position = _varint(message, position, bytes_max=5)
         number, wire = tag >> 3, tag & 7
         if wire == WIRE_BYTES:
-            size, position = _varint(message, position)
+            size, position = _varint(message, position, bytes_max=5)
             value, position = position, position + size
         elif wire == WIRE_VARINT:
             value = position
-            _, position = _varint(message, position)
+            _, position = _varint(message, position, bytes_max=10)
         elif wire in {WIRE_FIXED64, WIRE_FIXED32}:
             value, position = position, position + (8 if wire == WIRE_FIXED64 else 4)
         else:
             raise RemoteProtocolError("chunk: unknown wire type", wire=wire, position=start)
         fields += 1
-        if position > len(message) or not number or fields > FIELDS_MAX:
+        if position > len(message) or not 0 < number < 1 << 29 or fields > FIELDS_MAX:
             raise RemoteProtocolError("chunk: truncated, or a field too many", position=start, fields=fields)
         if tag == DATA_TAG:
             data = view[value:position]

@@ -152,8 +152,13 @@ class PageSet:
         """The first `count` members at or after `cursor` (fewer at the end), ascending.
 
         Returns:
-            (pfns, cursor to go on from); the cursor is `pages` when no member is left behind it.
+            (pfns, cursor to go on from); no member lies between the last pfn and that cursor.
+
+        Raises:
+            LocalProtocolError: the cursor is negative.
         """
+        if cursor < 0:
+            raise LocalProtocolError("negative cursor", cursor=cursor)
         found: list[U64Array] = []
         wanted = count
         window_pages = max(TAKE_WINDOW_PAGES_MIN, count)
