@@ -7,6 +7,12 @@ Rule 2: decode_chunk trusts nothing: every malformed input raises RemoteProtocol
 Rule 3: `data` is not copied on the receiving side; on the sending side once, from the private buffer into
         which RAM was gathered to the immutable message.
 Rule 4: the page hashes cover the pages, the chunk hash covers the page hashes and everything else.
+
+Measured, in us per chunk of 1 MiB in 1 run (in 256 runs): encode 50 (66), of which 33 are the copy; decode
+24 (27); page hashes 42 each side. Gathering into a reused buffer and joining takes 143 by slices (158 by
+np.take); gathering straight into a BytesIO, whose getvalue hands the message out uncopied, 119 (142). It is
+not done because the fields before `data` must have their size before the gather, which finds the zero pages.
+gRPC takes nothing but `bytes`.
 """
 
 import struct
@@ -42,6 +48,9 @@ ZERO_PAGE_HASH = xxhash.xxh3_64_intdigest(bytes(PAGE_BYTES))
 # chunk_hash covers: this head, the incarnation, then the five lists as little-endian arrays (rule 4).
 HASH_HEAD = struct.Struct("<IIIQIII")
 assert HASH_HEAD.size == 32
+
+NO_PFNS: U64Array = np.empty(0, np.uint64)
+NO_COUNTS: U32Array = np.empty(0, np.uint32)
 
 WIRE_VARINT, WIRE_FIXED64, WIRE_BYTES, WIRE_FIXED32 = 0, 1, 2, 5
 SMALL_FIELDS = frozenset(PageChunk.DESCRIPTOR.fields_by_number) - {PageChunk.DATA_FIELD_NUMBER}
@@ -207,7 +216,9 @@ def decode_chunk(message: bytes, *, pages: int) -> DecodedChunk:
             "chunk header out of range", attempt=header.attempt, round_index=header.round_index
         )
     run_first, run_pages = np.array(chunk.run_first, np.uint64), np.array(chunk.run_pages, np.uint32)
-    zero_first, zero_pages = np.array(chunk.zero_first, np.uint64), np.array(chunk.zero_pages, np.uint32)
+    zero_first, zero_pages = NO_PFNS, NO_COUNTS
+    if chunk.zero_first or chunk.zero_pages:
+        zero_first, zero_pages = np.array(chunk.zero_first, np.uint64), np.array(chunk.zero_pages, np.uint32)
     data_page_count = _check_runs("data", run_first, run_pages, pages=pages, runs_max=CHUNK_PAGES_MAX)
     zero_page_count = _check_runs("zero", zero_first, zero_pages, pages=pages, runs_max=ZERO_RUNS_MAX)
     if data_page_count and zero_page_count:
@@ -291,6 +302,8 @@ def _data_prefix(size: int) -> bytes:
 
 def _varint(message: bytes, position: int, *, bytes_max: int) -> tuple[int, int]:
     """A protobuf varint of at most `bytes_max` bytes, and the position behind it."""
+    if position < len(message) and message[position] < 0x80:
+        return message[position], position + 1  # nearly all of them
     value = 0
     for shift, byte in enumerate(message[position : position + bytes_max]):
         value |= (byte & 0x7F) << (7 * shift)
@@ -307,19 +320,18 @@ def _split(message: bytes) -> tuple[bytes, memoryview]:
     view = memoryview(message)
     data = view[:0]
     kept: list[memoryview] = []
-    kept_bytes = position = fields = 0
+    kept_bytes = position = value = fields = 0
     while position < len(message):
         start = position
         tag, position = _varint(message, position, bytes_max=5)
         number, wire = tag >> 3, tag & 7
         if wire == WIRE_BYTES:
-            size, position = _varint(message, position, bytes_max=5)
-            value, position = position, position + size
+            size, value = _varint(message, position, bytes_max=5)
+            position = value + size
         elif wire == WIRE_VARINT:
-            value = position
             _, position = _varint(message, position, bytes_max=10)
         elif wire in {WIRE_FIXED64, WIRE_FIXED32}:
-            value, position = position, position + (8 if wire == WIRE_FIXED64 else 4)
+            position += 8 if wire == WIRE_FIXED64 else 4
         else:
             raise RemoteProtocolError("chunk: unknown wire type", wire=wire, position=start)
         fields += 1
