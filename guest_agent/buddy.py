@@ -404,8 +404,7 @@ class BuddyAllocator:
         self._recent[zone_index][order][migrate_type].append(block)
 
     def _insert_runs(self, starts: I64Array, ends: I64Array) -> None:
-        """Free page runs [start, end): as the largest aligned blocks that fit, then merged with what is
-        free."""
+        """Free page runs [start, end): as the largest aligned blocks that fit, then merged upwards."""
         self.free_pages += int((ends - starts).sum())
         merged = _NONE
         for order in range(ORDER_MAX):
@@ -450,8 +449,7 @@ class BuddyAllocator:
     # ------------------------------------------------------------------ pressure, walking, checking
 
     def add_pressure_hook(self, priority: int, hook: PressureHook) -> None:
-        """Let an allocation that falls short ask hook(pages_wanted) -> pages_released; low priorities are
-        asked first.
+        """Let an allocation that falls short ask hook(pages_wanted) -> pages_released, low priority first.
 
         Hooks run outside the lock, in the allocating thread. An allocation made by a hook asks no hooks
         itself.
@@ -493,8 +491,7 @@ class BuddyAllocator:
                         yield block << order, 1 << order
 
     def check(self) -> list[str]:
-        """Every invariant of the maps against the frame table and the derived counts; problems, none when
-        sound."""
+        """Problems of the maps, against the frame table and the derived counts; none when all is sound."""
         with self.lock:
             problems = find_problems(self.pages, self._maps, self._pageblocks, self.frames)
             counts, free_pages = self._counts, self.free_pages

@@ -16,8 +16,8 @@ from guest_agent.frames import OWNER_NONE, FrameKind, FrameTable
 def find_problems(pages: int, maps: Sequence[U8Array], pageblocks: U8Array, frames: FrameTable) -> list[str]:
     """Compare free maps, pageblock types and frame table.
 
-    maps has one byte map per order (0, or 1 + migrate type, per block); pageblocks one migrate type per block of the
-    largest order.
+    maps has one byte map per order (0, or 1 + migrate type, per block); pageblocks one migrate type per
+    block of the largest order.
 
     Returns:
         one line per broken invariant, with the first place where it shows.
