@@ -130,16 +130,16 @@ class FrontendSession:
     """
 
     def __init__(self, negotiate: Callable[[int], int], backend_fd: int = _NO_FD) -> None:
-        """`negotiate` picks from the offered device features; `backend_fd` is the back-end's end of its channel.
+        """`negotiate` picks from the offered device features.
 
-        Without `backend_fd` configuration changes are not announced.
+        `backend_fd` is the back-end's end of its channel; without it no configuration change is announced.
         """
         self.features = 0
         self.protocol_features = 0
         self.failed = False
         self._negotiate = negotiate
         self._backend_fd = backend_fd
-        self._bit_30 = False
+        self._user_address: int | None = None
         self._steps: deque[_Step] = deque()
         self._waiting: _Step | None = None
         self._bases: dict[int, int] = {}
@@ -262,14 +262,13 @@ class FrontendSession:
         return [] if step.event is None else [step.event]
 
     def _offered(self, offered: int) -> None:
-        self._bit_30 = bool(offered >> F_PROTOCOL_FEATURES & 1)
         device = offered & ~(1 << F_PROTOCOL_FEATURES)
         self.features = self._negotiate(device)
         if self.features & ~device:
             raise LocalProtocolError(f"features {self.features:#x} picked, {device:#x} offered")
-        if not self._bit_30:
+        if device == offered:
             raise VhostUserError("protocol_features", "the back-end has no configuration space")
-        self._steps.append(_Step(Request.GET_PROTOCOL_FEATURES))
+        self._steps.appendleft(_Step(Request.GET_PROTOCOL_FEATURES))
 
     def _protocol_offered(self, offered: int) -> None:
         chosen = offered & PROTOCOL_FEATURES
@@ -277,7 +276,6 @@ class FrontendSession:
             chosen &= ~(1 << PROTOCOL_F_BACKEND_REQ)
         if not chosen >> PROTOCOL_F_CONFIG & 1:
             raise VhostUserError("protocol_features", "the back-end has no configuration space")
-        # This one still goes without asking for an acknowledgement, as the feature is not agreed on before it.
         rest = [
             _Step(
                 Request.SET_FEATURES,
@@ -288,7 +286,6 @@ class FrontendSession:
         ]
         if chosen >> PROTOCOL_F_BACKEND_REQ & 1:
             rest.insert(0, _Step(Request.SET_BACKEND_REQ_FD, fds=(self._backend_fd,)))
-        self._chosen = chosen
         # Ahead of what the caller may have asked for meanwhile.
         self._steps.extendleft(reversed([_Step(Request.SET_PROTOCOL_FEATURES, U64.pack(chosen)), *rest]))
         self.protocol_features = chosen
