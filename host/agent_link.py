@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from host.descriptors import close_all, receive
 from host.errors import AgentError, AgentLost
 from virtio.errors import SidebandError
 from virtio.sideband import (
@@ -39,7 +40,7 @@ from virtio.sideband import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from migration.pages import U8Array
@@ -84,7 +85,7 @@ class GuestRamInfo:
 
     def close(self) -> None:
         """Close the descriptors, for a caller that hands neither of them on."""
-        _close_all(fd for fd in (self.memfd, self.pagemap_fd) if fd is not None)
+        close_all(fd for fd in (self.memfd, self.pagemap_fd) if fd is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,8 @@ class AgentLink:
         """
         deadline = time.monotonic() + timeout
         while True:
+            if self._closing.is_set():
+                raise AgentLost("the link was closed")
             if self.connected:
                 return
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -153,8 +156,7 @@ class AgentLink:
                 connection.close()
                 if time.monotonic() >= deadline:
                     raise AgentLost(f"no guest agent at {self.socket_path}: {error.strerror}") from error
-                if self._closing.wait(RETRY_S):
-                    raise AgentLost("the link was closed") from None
+                self._closing.wait(RETRY_S)
                 continue
             except BaseException:
                 connection.close()
@@ -216,13 +218,11 @@ class AgentLink:
 
     def _read_one(self, connection: socket.socket) -> bool:
         """Receive and route one datagram; false at the end of the connection."""
-        data, fds, flags, _ = socket.recv_fds(
-            connection, MESSAGE_BYTES_MAX + 1, FDS_MAX, socket.MSG_CMSG_CLOEXEC
-        )
+        data, fds, cut_off = receive(connection, MESSAGE_BYTES_MAX + 1, FDS_MAX)
         try:
             if not data and not fds:
                 return False
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            if cut_off:
                 raise SidebandError("size", "a datagram or its descriptors were cut off")
             op, fields = decode(data)
             if op == REPLY:
@@ -237,7 +237,7 @@ class AgentLink:
             else:
                 raise SidebandError("op", f"the agent asked for {op!r}")
         finally:
-            _close_all(fds)
+            close_all(fds)
         return True
 
     # --- asking -----------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ class AgentLink:
             except SidebandError as error:
                 reason = f"malformed reply: {error}"
         if reason:
-            _close_all(fds)
+            close_all(fds)
             raise AgentError(op, reason)
         return {name: value for name, value in reply.items() if name not in ("id", "ok")}, fds
 
@@ -370,7 +370,7 @@ class AgentLink:
         try:
             return _read_bytes(fds[0])
         finally:
-            _close_all(fds)
+            close_all(fds)
 
     def check(self, expectations: bytes) -> tuple[int, list[str]]:
         """Every workload's self-check against oracle records: (items that were right, problems)."""
@@ -401,8 +401,3 @@ def _read_bytes(fd: int) -> U8Array:
             raise AgentError("frames", f"the file ended after {done} of {len(data)} bytes")
         done += count
     return data
-
-
-def _close_all(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)

@@ -153,6 +153,10 @@ class DestMachine:
         assert self.phase in allowed, (before, type(event).__name__, self.phase)
         return commands
 
+    def allows(self, event: type[DestEvent]) -> bool:
+        """Whether such an event may happen now."""
+        return event in TRANSITIONS[self.phase]
+
     # -- taking in -----------------------------------------------------------------------------
 
     def _on_open(self, event: DestEvent) -> list[DestCommand]:

@@ -7,7 +7,7 @@ Rule 2: a refusal and a lost connection are both PeerLost with one line; only re
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -120,7 +120,7 @@ class Destination:
     def _call(self, method, request, timeout_s, event_of) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
         self.control_bytes += request.ByteSize() + 5
 
-        def done(future: grpc.Future) -> None:
+        def done(future: Any) -> None:
             try:
                 self._post(event_of(future.result()))
             except grpc.RpcError as error:
@@ -139,8 +139,5 @@ class Destination:
 
 
 def _answer(decision: int) -> Answer:
-    return {
-        migration_pb2.DECISION_PREPARED: Answer.PREPARED,
-        migration_pb2.DECISION_COMMITTED: Answer.COMMITTED,
-        migration_pb2.DECISION_ABORTED: Answer.ABORTED,
-    }.get(decision, Answer.UNKNOWN)
+    # The two enums have the same numbers on purpose; a number that we do not know is no answer.
+    return Answer(decision) if decision in {answer.value for answer in Answer} else Answer.UNKNOWN

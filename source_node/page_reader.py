@@ -81,7 +81,7 @@ class PageReader:
             zero = zero_pages_mask(pages)
             if zero.any():
                 zero_pfns, pfns, pages = pfns[zero], pfns[~zero], pages[~zero]
-        data = memoryview(pages.reshape(-1))
+        data = pages.reshape(-1).data
         return self._chunk(round_index, pfns, zero_pfns, page_hashes(data), data)
 
     def _chunk(

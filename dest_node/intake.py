@@ -1,0 +1,314 @@
+"""One host taking guests in: drives the destination machine and carries its orders out.
+
+Rule 1: one call at a time moves the machine (a lock); pages flow beside it, under the receiver's own rules.
+Rule 2: RAM that a failed attempt touched is made zero again before anybody may use it.
+Rule 3: the guest runs only after COMMITTED is durable, and is told DONE by the device that took its balloon over.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, assert_never
+
+import psutil
+import structlog
+
+from host.clock import now_ns
+from host.errors import AgentError, AgentLost, HostError
+from host.guest_memory import HostRam
+from migration import commands as do
+from migration import events as told
+from migration.codec import image_digest
+from migration.dest_machine import DestMachine, DestPhase
+from migration.errors import RemoteProtocolError
+from dest_node.page_receiver import PageReceiver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from host.context import HostContext
+    from migration.identity import AttemptKey
+    from migration.pages import U64Array
+    from migration.pb import migration_pb2
+
+JOIN_TIMEOUT_S = 10.0  # a writer stores one chunk in about a millisecond; it ends before it takes another
+
+log = structlog.get_logger()
+
+
+class IntakeRefused(HostError):
+    """This host cannot take the guest in; the message says why."""
+
+
+class Intake:
+    """Thread-safe. Methods are the calls of the Migration service, with plain arguments."""
+
+    def __init__(self, host: HostContext) -> None:
+        self._host = host
+        self._lock = threading.Lock()
+        self._machine = DestMachine()
+        self._receiver: PageReceiver | None = None
+        self._integrity = "full"
+        self._prepare: migration_pb2.PrepareRequest | None = None
+        self._restored = False
+        self._reply = do.Reply(told.Answer.UNKNOWN)
+        self._found_hashes: U64Array | None = None
+        self.verify_ns = 0
+        self.resume_ns = 0
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def open(self, key: AttemptKey, memory_bytes: int, integrity: str) -> str:
+        """Reserve zeroed memory; returns its incarnation.
+
+        Raises:
+            IntakeRefused: no standby agent, or no room.
+            RemoteProtocolError: another attempt is at hand that this one may not replace.
+        """
+        with self._lock:
+            self._check_room(memory_bytes)
+            self._integrity = integrity
+            self._drive(told.OpenRequested(key, memory_bytes))
+            assert self._receiver is not None, "an opened attempt has memory"
+            return self._receiver.incarnation
+
+    def receiver(self) -> PageReceiver:
+        """Where this attempt's chunks go."""
+        with self._lock:
+            if self._receiver is None or self._machine.phase is not DestPhase.RECEIVING:
+                raise RemoteProtocolError(f"no pages are expected in phase {self._machine.phase.name}")
+            return self._receiver
+
+    def stream_broken(self, receiver: PageReceiver, reason: str) -> None:
+        """The stream that fed `receiver` ended otherwise than by the source's half-close."""
+        with self._lock:
+            if receiver is self._receiver and self._machine.allows(told.StreamBroken):
+                self._drive(told.StreamBroken(reason))
+
+    def prepare(self, key: AttemptKey, request: migration_pb2.PrepareRequest) -> do.Reply:
+        """Verify, restore, record PREPARED."""
+        with self._lock:
+            receiver = self._receiver
+            if key == self._machine.key and receiver is not None and request.incarnation != receiver.incarnation:
+                raise RemoteProtocolError("Prepare names another incarnation of this memory")
+            if self._machine.phase is DestPhase.RECEIVING:
+                self._prepare = request
+            return self._drive(
+                told.PrepareRequested(key, request.incarnation, request.image_digest, request.chunks)
+            )
+
+    def commit(self, key: AttemptKey, digest: int) -> do.Reply:
+        """The decision."""
+        with self._lock:
+            if key != self._machine.key and (answer := self._recorded(key)) is not None:
+                return answer
+            return self._drive(told.CommitRequested(key, digest))
+
+    def abort(self, key: AttemptKey, reason: str) -> do.Reply:
+        """The source gives up."""
+        with self._lock:
+            return self._drive(told.AbortRequested(key, reason))
+
+    def forget(self, key: AttemptKey) -> None:
+        """The source knows the outcome."""
+        with self._lock:
+            if self._machine.allows(told.ForgetRequested):
+                self._drive(told.ForgetRequested(key))
+
+    def stop(self) -> None:
+        """The host ends: an attempt that is only being received is given up."""
+        with self._lock:
+            if self._machine.phase is DestPhase.RECEIVING:
+                self._drive(told.StreamBroken("the destination node is stopping"))
+
+    def recover(self) -> None:
+        """After a restart: what was received is gone with the process; what was committed must run."""
+        journal, guest = self._host.journal, self._host.guest
+        for entry in journal.unfinished("dest"):
+            # The agent may still hold the image, but nobody can verify it against the lost receiver: give up.
+            journal.move(entry.key, "dest", {entry.state}, "ABORTED", detail="the destination node restarted")
+            self._host.events.add("aborted", reason="the destination node restarted")
+        newest = journal.newest("dest")
+        hello = guest.hello()
+        if newest is None or hello.state != "restored":
+            return
+        if newest.state == "COMMITTED":
+            guest.link.run(newest.key.next_epoch)
+            self._host.balloon.hints_done()
+        else:
+            guest.link.discard()
+
+    # -- the machine ---------------------------------------------------------------------------
+
+    def _drive(self, event: told.DestEvent) -> do.Reply:
+        self._reply = do.Reply(told.Answer.UNKNOWN)
+        pending = list(self._machine.handle(event))
+        while pending:
+            answer = self._carry_out(pending.pop(0))
+            if answer is not None:
+                assert not pending, "an order that is answered is the last of its list"
+                pending = list(self._machine.handle(answer))
+        return self._reply
+
+    def _carry_out(self, command: do.DestCommand) -> told.DestEvent | None:
+        match command:
+            case do.ReserveMemory(key, memory_bytes):
+                self._receiver = PageReceiver(HostRam.create(memory_bytes), key.attempt)
+            case do.RecordState():
+                return self._record(command)
+            case do.VerifyImage(digest, chunks):
+                return self._answered(lambda: self._verify(digest, chunks), told.ImageVerified())
+            case do.RestoreGuest(key):
+                return self._answered(lambda: self._restore(key), told.GuestRestored())
+            case do.ConfirmGuest(key):
+                return self._answered(lambda: self._confirm(key), told.GuestConfirmed())
+            case do.RunGuest(key):
+                self._run_guest(key)
+            case do.DiscardImage():
+                self._discard()
+            case do.ForgetAttempt(key):
+                self._host.journal.forget(key, "dest")
+            case do.Reply():
+                self._reply = command
+            case do.Note(name, fields):
+                extra = {"verify_ms": self.verify_ns / 1e6} if name == "prepared" else {}
+                self._host.events.add(name, **fields, **extra)
+            case _ as never:
+                assert_never(never)
+        return None
+
+    @staticmethod
+    def _answered(action: Callable[[], None], success: told.DestEvent) -> told.DestEvent:
+        try:
+            action()
+        except (HostError, RemoteProtocolError, OSError) as error:
+            return told.ImageRefused(" ".join(str(error).split()))
+        return success
+
+    def _record(self, command: do.RecordState) -> told.StateRecorded:
+        journal, key, state = self._host.journal, command.key, command.state
+        if state is told.Recorded.RECEIVING:
+            journal.begin(key, "dest", state.value)
+        elif state is told.Recorded.PREPARED:
+            assert self._prepare is not None, "PREPARED without a Prepare"
+            journal.move(key, "dest", {"RECEIVING"}, state.value, digest=self._prepare.image_digest)
+        elif state is told.Recorded.COMMITTED:
+            journal.move(key, "dest", {"PREPARED"}, state.value)
+        else:
+            journal.move(key, "dest", {"RECEIVING", "PREPARED"}, state.value, detail=command.reason)
+        return told.StateRecorded(state)
+
+    def _recorded(self, key: AttemptKey) -> do.Reply | None:
+        """What the journal knows of an attempt that is not at hand any more."""
+        entry = self._host.journal.get(key, "dest")
+        answers = {"ABORTED": told.Answer.ABORTED, "COMMITTED": told.Answer.COMMITTED}
+        if entry is None or entry.state not in answers:
+            return None
+        return do.Reply(answers[entry.state], entry.detail)
+
+    # -- orders --------------------------------------------------------------------------------
+
+    def _check_room(self, memory_bytes: int) -> None:
+        guest, limit = self._host.guest, self._host.guest_memory_bytes_max
+        if not guest.attached:
+            raise IntakeRefused(f"host {self._host.name} has no guest agent yet")
+        state = guest.hello().state
+        if state != "standby" and self._machine.phase is DestPhase.IDLE:
+            raise IntakeRefused(f"the guest agent of host {self._host.name} is {state}, not standby")
+        if limit and memory_bytes > limit:
+            raise IntakeRefused(
+                f"host {self._host.name} holds guests of at most {limit} bytes, this one has {memory_bytes}"
+            )
+        available = available_memory_bytes()
+        if memory_bytes > available:
+            raise IntakeRefused(
+                f"host {self._host.name} has {available} bytes of memory left, this guest needs {memory_bytes}"
+            )
+
+    def _verify(self, digest: int, chunks: int) -> None:
+        receiver, request = self._receiver, self._prepare
+        assert receiver is not None, "nothing was received"
+        assert request is not None, "no Prepare at hand"
+        if not receiver.join(JOIN_TIMEOUT_S):
+            raise IntakeRefused("a page writer does not end")
+        if receiver.stored_chunks != chunks:
+            raise RemoteProtocolError("chunks are missing", stored=receiver.stored_chunks, sent=chunks)
+        device = request.device.SerializeToString(deterministic=True)
+        found = image_digest(receiver.stored_hashes, request.vcpu_state, device)
+        if found != digest:
+            raise RemoteProtocolError("the image digest differs", found=f"{found:016x}", sent=f"{digest:016x}")
+        started_ns = now_ns()
+        if self._integrity == "full":
+            hashes = receiver.ram.hash_pages()
+            pfn = receiver.difference(hashes)
+            if pfn is not None:
+                raise IntakeRefused(f"page {pfn} does not read back as it was stored")
+            self._found_hashes = hashes
+        self.verify_ns = now_ns() - started_ns
+
+    def _restore(self, key: AttemptKey) -> None:
+        receiver, request = self._receiver, self._prepare
+        assert receiver is not None, "nothing was received"
+        assert request is not None, "no Prepare at hand"
+        self._host.balloon.adopt_state(request.device)
+        self._restored = True  # from here on a failure must discard what the agent may hold
+        device = {
+            "features": request.device.features,
+            "num_pages": request.device.num_pages,
+            "actual": request.device.actual,
+            "poison_value": request.device.poison_value,
+            "ring_bases": list(request.device.ring_bases),
+        }
+        restored = self._host.guest.link.restore(
+            key.next_epoch, request.vcpu_state, device, receiver.ram.fd
+        )
+        if restored.image_pages != receiver.ram.pages:
+            raise IntakeRefused(f"the agent mapped {restored.image_pages} of {receiver.ram.pages} pages")
+
+    def _confirm(self, key: AttemptKey) -> None:
+        hello = self._host.guest.hello()
+        if hello.state != "restored" or hello.guest_epoch != key.next_epoch:
+            raise IntakeRefused(f"the guest agent holds no image of {key}: it is {hello.state}")
+
+    def _run_guest(self, key: AttemptKey) -> None:
+        started_ns = now_ns()
+        guest = self._host.guest
+        try:
+            at_ns = guest.link.run(key.next_epoch)
+        except (AgentError, AgentLost) as error:
+            # COMMITTED is durable: the guest is ours, and it died here. Nobody else may run it.
+            self._host.events.add("guest_lost", reason=str(error))
+            return
+        self.resume_ns = now_ns() - started_ns
+        self._host.events.add(
+            "guest_running", at_ns=at_ns, guest_epoch=key.next_epoch, resume_ms=self.resume_ns / 1e6
+        )
+        assert self._receiver is not None, "a running guest has memory"
+        self._receiver.ram.close()
+        guest.take_ram()
+        if self._host.balloon.status().hints_negotiated:
+            self._host.balloon.hints_done()
+            self._host.events.add("hints_done")
+        if self._found_hashes is not None:
+            self._found_hashes.astype("<u8").tofile(self._host.artefacts_dir / "dest_hashes")
+
+    def _discard(self) -> None:
+        receiver = self._receiver
+        if receiver is None:
+            return
+        if not receiver.join(JOIN_TIMEOUT_S):
+            raise IntakeRefused("a page writer does not end")
+        if self._restored:
+            self._restored = False
+            try:
+                self._host.guest.link.discard()
+            except (AgentError, AgentLost) as error:
+                self._host.events.add("discard_unheard", reason=str(error))
+        # Closing gives the memory back; a later attempt gets a fresh memfd, which is known zero.
+        receiver.ram.close()
+        self._receiver = None
+
+
+def available_memory_bytes() -> int:
+    """MemAvailable of this machine."""
+    return int(psutil.virtual_memory().available)

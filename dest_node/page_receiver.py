@@ -1,0 +1,111 @@
+"""Takes page chunks into RAM that is known to be zero (DESIGN 3.7).
+
+Rule 1: a chunk is stored only if it belongs to this incarnation and attempt, is the next in sequence, lies
+        inside RAM, and every page has the hash that came with it; else nothing of it is stored and the stream ends.
+Rule 2: a zero record costs nothing where our page is known zero; where it is not, the page is punched.
+Rule 3: a page that no chunk named is never touched.
+Rule 4: one stream at a time, and `join` returns only when no writer is left and none can come.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from migration.codec import ZERO_PAGE_HASH, DecodedChunk, decode_chunk, verify
+from migration.errors import RemoteProtocolError
+from migration.pages import mask_runs, pfns_of
+
+if TYPE_CHECKING:
+    from host.guest_memory import HostRam
+    from migration.pages import U64Array
+
+
+class PageReceiver:
+    """One attempt's memory and what is known of it."""
+
+    def __init__(self, ram: HostRam, attempt: int) -> None:
+        self.ram = ram
+        self.incarnation = uuid.uuid4().hex
+        self.attempt = attempt
+        self.stored_hashes: U64Array = np.zeros(ram.pages, np.uint64)  # 0: never named by a chunk
+        self.stored_chunks = 0
+        self._known_zero = np.ones(ram.pages, np.bool_)
+        self._writing = threading.Lock()
+        self._closed = False
+
+    def begin_stream(self) -> None:
+        """Become the one writer; RemoteProtocolError when there is one, or when it is too late for any."""
+        if not self._writing.acquire(blocking=False):
+            raise RemoteProtocolError("there is a page stream already")
+        if self._closed:
+            self._writing.release()
+            raise RemoteProtocolError("this attempt takes no more pages")
+
+    def end_stream(self) -> None:
+        """The stream's handler has stored its last chunk."""
+        self._writing.release()
+
+    def join(self, timeout_s: float) -> bool:
+        """Take no more pages; wait for the writer to end. False when it does not in time."""
+        self._closed = True
+        if not self._writing.acquire(timeout=timeout_s):
+            return False
+        self._writing.release()
+        return True
+
+    def store(self, message: bytes) -> DecodedChunk:
+        """Check one chunk and store it.
+
+        Raises:
+            RemoteProtocolError: it is not what Rule 1 asks for; nothing of it was stored.
+            OSError: this host cannot store it (memory).
+        """
+        chunk = decode_chunk(message, pages=self.ram.pages)
+        header = chunk.header
+        if self._closed or (header.incarnation, header.attempt) != (self.incarnation, self.attempt):
+            raise RemoteProtocolError("the chunk is of another stream", incarnation=header.incarnation)
+        if header.sequence != self.stored_chunks:
+            raise RemoteProtocolError(
+                "chunk out of sequence", expected=self.stored_chunks, sequence=header.sequence
+            )
+        verify(chunk)
+        self._store_data(chunk)
+        self._store_zero(chunk)
+        self.stored_chunks += 1
+        return chunk
+
+    def _store_data(self, chunk: DecodedChunk) -> None:
+        if not chunk.data_page_count:
+            return
+        self.ram.store(chunk.run_first, chunk.run_pages.astype(np.uint64), chunk.data)
+        if len(chunk.run_first) == 1:  # the common case of a first round: a slice instead of a scatter
+            first = int(chunk.run_first[0])
+            where: slice | U64Array = slice(first, first + int(chunk.run_pages[0]))
+        else:
+            where = pfns_of(chunk.run_first, chunk.run_pages)
+        self.stored_hashes[where] = chunk.page_hashes
+        self._known_zero[where] = False
+
+    def _store_zero(self, chunk: DecodedChunk) -> None:
+        if not chunk.zero_page_count:
+            return
+        pfns = pfns_of(chunk.zero_first, chunk.zero_pages)
+        self.stored_hashes[pfns] = ZERO_PAGE_HASH
+        stale = pfns[~self._known_zero[pfns]]
+        if not len(stale):
+            return
+        mask = np.zeros(self.ram.pages, np.bool_)
+        mask[stale] = True
+        for first, count in zip(*(column.tolist() for column in mask_runs(mask)), strict=True):
+            self.ram.punch(first, count)
+        self._known_zero[stale] = True
+
+    def difference(self, found: U64Array) -> int | None:
+        """The first page that does not read back as it was stored (or zero, if never named); else None."""
+        expected = np.where(self.stored_hashes == 0, np.uint64(ZERO_PAGE_HASH), self.stored_hashes)
+        wrong = np.flatnonzero(found != expected)
+        return int(wrong[0]) if len(wrong) else None

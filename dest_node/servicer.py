@@ -1,0 +1,182 @@
+"""The Migration service on the wire: translates between messages and the intake.
+
+Rule 1: a peer's mistake is INVALID_ARGUMENT or FAILED_PRECONDITION with one line; lack of room is
+        RESOURCE_EXHAUSTED. Nothing a peer sends ends this process.
+Rule 2: the page stream acknowledges every ACK_EVERY chunks, and at once when a chunk carries no pages.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+import structlog
+
+from dest_node.intake import IntakeRefused
+from host.errors import AgentError, AgentLost, HostError, JournalConflict
+from migration.errors import ProtocolError, RemoteProtocolError
+from migration.identity import AttemptKey
+from migration.pages import PAGE_BYTES
+from migration.pb import migration_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dest_node.intake import Intake
+    from dest_node.page_receiver import PageReceiver
+
+ACK_EVERY = 16  # a fourth of the source's window; an answer costs the interpreter about 0.1 ms
+INTEGRITY = ("full", "stream")
+MEMORY_BYTES_MAX = 1 << 46  # 64 TiB: a size beyond it is a mistake, not a guest
+
+log = structlog.get_logger()
+
+
+class MigrationServicer:
+    """The methods of the schema's service, one each; `register` says how their bytes are read."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+
+    def Open(  # noqa: N802 - the name is the schema's
+        self, request: migration_pb2.OpenRequest, context: grpc.ServicerContext
+    ) -> migration_pb2.OpenReply:
+        """Reserve zeroed memory."""
+        with answered(context):
+            if request.page_bytes != PAGE_BYTES:
+                raise RemoteProtocolError("page size differs", ours=PAGE_BYTES, theirs=request.page_bytes)
+            size = request.memory_bytes
+            if not 0 < size <= MEMORY_BYTES_MAX or size % PAGE_BYTES:
+                raise RemoteProtocolError("no guest has such a memory", memory_bytes=size)
+            if request.integrity not in INTEGRITY:
+                raise RemoteProtocolError("unknown integrity", integrity=request.integrity)
+            return migration_pb2.OpenReply(
+                incarnation=self._intake.open(key_of(request.id), size, request.integrity)
+            )
+
+    def Prepare(  # noqa: N802
+        self, request: migration_pb2.PrepareRequest, context: grpc.ServicerContext
+    ) -> migration_pb2.PrepareReply:
+        """Verify and restore."""
+        with answered(context):
+            reply = self._intake.prepare(key_of(request.id), request)
+            return migration_pb2.PrepareReply(
+                decision=decision(reply.answer.value), reason=reply.reason, verify_ns=self._intake.verify_ns
+            )
+
+    def Commit(  # noqa: N802
+        self, request: migration_pb2.CommitRequest, context: grpc.ServicerContext
+    ) -> migration_pb2.CommitReply:
+        """Decide."""
+        with answered(context):
+            reply = self._intake.commit(key_of(request.id), request.image_digest)
+            return migration_pb2.CommitReply(
+                decision=decision(reply.answer.value), reason=reply.reason, resume_ns=self._intake.resume_ns
+            )
+
+    def Abort(  # noqa: N802
+        self, request: migration_pb2.AbortRequest, context: grpc.ServicerContext
+    ) -> migration_pb2.AbortReply:
+        """Give up."""
+        with answered(context):
+            reply = self._intake.abort(key_of(request.id), request.reason)
+            return migration_pb2.AbortReply(decision=decision(reply.answer.value))
+
+    def Forget(  # noqa: N802
+        self, request: migration_pb2.ForgetRequest, context: grpc.ServicerContext
+    ) -> migration_pb2.ForgetReply:
+        """Forget the outcome."""
+        with answered(context):
+            self._intake.forget(key_of(request.id))
+            return migration_pb2.ForgetReply()
+
+    # -- pages ---------------------------------------------------------------------------------
+
+    def Pages(  # noqa: N802
+        self, messages: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[migration_pb2.ChunkAck]:
+        """Raw chunks in, cumulative acknowledgements out."""
+        with answered(context):
+            receiver = self._intake.receiver()
+            receiver.begin_stream()
+        reason = "the page stream was cut"
+        try:
+            yield from self._store(receiver, messages)
+            # A cancelled call ends its iterator like a half-close does; only a live call was closed in order.
+            reason = "" if context.is_active() else reason
+        except ProtocolError as error:
+            reason = f"bad page chunk: {' '.join(str(error).split())}"
+            abort(context, grpc.StatusCode.INVALID_ARGUMENT, reason)
+        except (OSError, HostError) as error:
+            reason = f"cannot store pages: {error}"
+            abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        except grpc.RpcError:  # raised by the iterator when the source's connection is gone
+            log.info("page_stream_cut", stored_chunks=receiver.stored_chunks)
+        finally:
+            receiver.end_stream()
+            if reason:
+                self._intake.stream_broken(receiver, reason)
+
+    @staticmethod
+    def _store(receiver: PageReceiver, messages: Iterator[bytes]) -> Iterator[migration_pb2.ChunkAck]:
+        for message in messages:
+            chunk = receiver.store(message)
+            wanted = not chunk.data_page_count and not chunk.zero_page_count
+            if wanted or receiver.stored_chunks % ACK_EVERY == 0:
+                yield migration_pb2.ChunkAck(stored_below=receiver.stored_chunks)
+        yield migration_pb2.ChunkAck(stored_below=receiver.stored_chunks)
+
+
+def register(servicer: MigrationServicer, server: grpc.Server) -> None:
+    """Adds the service. Pages has an identity deserialiser: chunks are read by migration.codec."""
+    pb = migration_pb2
+    handlers = {
+        "Open": _unary(servicer.Open, pb.OpenRequest, pb.OpenReply),
+        "Prepare": _unary(servicer.Prepare, pb.PrepareRequest, pb.PrepareReply),
+        "Commit": _unary(servicer.Commit, pb.CommitRequest, pb.CommitReply),
+        "Abort": _unary(servicer.Abort, pb.AbortRequest, pb.AbortReply),
+        "Forget": _unary(servicer.Forget, pb.ForgetRequest, pb.ForgetReply),
+        "Pages": grpc.stream_stream_rpc_method_handler(
+            servicer.Pages, request_deserializer=None, response_serializer=pb.ChunkAck.SerializeToString
+        ),
+    }
+    name = pb.DESCRIPTOR.services_by_name["Migration"].full_name
+    assert set(handlers) == {method.name for method in pb.DESCRIPTOR.services_by_name["Migration"].methods}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+
+
+def _unary(method: Any, request: Any, reply: Any) -> Any:
+    return grpc.unary_unary_rpc_method_handler(
+        method, request_deserializer=request.FromString, response_serializer=reply.SerializeToString
+    )
+
+
+def key_of(message: migration_pb2.AttemptId) -> AttemptKey:
+    """The key of a call; RemoteProtocolError when it names nothing."""
+    if not message.migration or not message.attempt:
+        raise RemoteProtocolError("a call without an attempt id")
+    return AttemptKey(message.migration, message.attempt, message.guest_epoch)
+
+
+def decision(value: int) -> Any:
+    """The answer as the schema's enum; the numbers agree on purpose."""
+    return migration_pb2.Decision.ValueType(value)
+
+
+def abort(context: grpc.ServicerContext, code: grpc.StatusCode, reason: str) -> NoReturn:
+    """Ends the call with one line."""
+    context.abort(code, reason)
+
+
+@contextmanager
+def answered(context: grpc.ServicerContext) -> Iterator[None]:
+    """Errors become statuses."""
+    try:
+        yield
+    except RemoteProtocolError as error:
+        abort(context, grpc.StatusCode.FAILED_PRECONDITION, " ".join(str(error).split()))
+    except IntakeRefused as error:
+        abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+    except (AgentError, AgentLost, JournalConflict) as error:
+        abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
