@@ -1,0 +1,117 @@
+"""The wire meter counts the connections to one peer, all of them, and only those of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+import pytest
+
+from host.wire import TcpMeter
+
+
+@pytest.fixture
+def server():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening
+
+
+def address_of(listening):
+    return "{}:{}".format(*listening.getsockname())
+
+
+def exchange(listening, sent, answered, connection=None):
+    """Send over a (new) connection, have all of it answered; returns the connection's two ends."""
+    ours, theirs = connection or (
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0],
+    )
+    sender = threading.Thread(target=ours.sendall, args=(bytes(sent),))
+    sender.start()
+    left = sent
+    while left:
+        left -= len(theirs.recv(min(left, 1 << 20)))
+    sender.join()
+    theirs.sendall(bytes(answered))
+    left = answered
+    while left:
+        left -= len(ours.recv(left))
+    return ours, theirs
+
+
+def close(connection):
+    for end in connection:
+        end.close()
+
+
+def test_it_counts_both_directions_exactly(server):
+    meter = TcpMeter(address_of(server))
+    assert meter.sample().connections == 0
+    connection = exchange(server, 3_000_000, 1234)
+    count = meter.sample()
+    assert count.tx_bytes - count.retransmitted_bytes == 3_000_000
+    assert count.rx_bytes == 1234
+    assert count.connections == 1
+    exchange(server, 5, 6, connection)
+    count = meter.sample()
+    assert (count.tx_bytes - count.retransmitted_bytes, count.rx_bytes) == (3_000_005, 1240)
+    close(connection)
+
+
+def test_closed_connections_keep_their_last_value(server):
+    meter = TcpMeter(address_of(server))
+    first = exchange(server, 1000, 10)
+    assert meter.sample().tx_bytes == 1000
+    close(first)
+    second = exchange(server, 500, 5)
+    count = meter.sample()
+    assert (count.tx_bytes, count.rx_bytes) == (1500, 15)
+    close(second)
+    assert meter.sample().tx_bytes == 1500
+
+
+def test_other_peers_and_the_other_end_are_not_counted(server):
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        meter = TcpMeter(address_of(elsewhere))
+        connection = exchange(server, 1000, 10)
+        assert meter.sample() == type(meter.sample())(0, 0, 0, 0)
+        close(connection)
+
+
+def test_a_peers_name_is_resolved(server):
+    meter = TcpMeter(f"localhost:{server.getsockname()[1]}")
+    with contextlib.closing(socket.create_connection(server.getsockname())):
+        assert meter.sample().connections == 1
+    server.accept()[0].close()
+
+
+def test_a_grpc_channel_is_seen_although_its_socket_is_dual_stack():
+    def answer(request, context):
+        del context
+        return request[:10]
+
+    handler = grpc.method_handlers_generic_handler("t", {"Put": grpc.unary_unary_rpc_method_handler(answer)})
+    server = grpc.server(futures.ThreadPoolExecutor(1), handlers=[handler])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    meter = TcpMeter(f"127.0.0.1:{port}")
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        assert channel.unary_unary("/t/Put")(b"x" * 1_000_000) == b"x" * 10
+        count = meter.sample()
+    server.stop(None).wait()
+    assert count.connections == 1
+    assert 1_000_000 < count.tx_bytes < 1_010_000
+    assert 10 < count.rx_bytes < 10_000
+
+
+def test_sampling_leaks_no_descriptor(server):
+    meter = TcpMeter(address_of(server))
+    meter.sample()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        meter.sample()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
