@@ -1,0 +1,1 @@
+"""The experiment: scenario, run, history, verdict, and the `ballast` command."""

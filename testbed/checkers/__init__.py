@@ -1,0 +1,68 @@
+"""The checkers: pure functions from a recorded run to a finding.
+
+Rule 1: a checker reads the record and nothing else; it can be repeated years later.
+Rule 2: a checker that crashes says unknown, never valid.
+Rule 3: safety speaks "invalid" (a lost write, two owners, another outcome); a measurement that cannot be
+        trusted speaks "unknown" (sums or byte counters that do not agree, evidence that is missing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from testbed.checkers import byte_count, expectation, ledger, memory, oracle, owner, rounds
+from testbed.verdict import Finding, Verdict, unknown, worst
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from testbed.record import RunRecord
+
+CHECKERS: Final[Mapping[str, Callable[[RunRecord], Finding]]] = {
+    "memory": memory.check,
+    "oracle": oracle.check,
+    "owner": owner.check,
+    "ledger": ledger.check,
+    "rounds": rounds.check,
+    "bytes": byte_count.check,
+    "expectation": expectation.check,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What all checkers together say."""
+
+    verdict: Verdict
+    findings: Mapping[str, Finding]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Everything that speaks against the run, with the checker that says so; the heaviest first."""
+        heaviest_first = sorted(
+            self.findings.items(), key=lambda item: item[1].verdict is not Verdict.INVALID
+        )
+        return [f"{name}: {reason}" for name, finding in heaviest_first for reason in finding.reasons]
+
+    def to_dict(self) -> dict[str, object]:
+        """The content of verdict.json."""
+        return {
+            "schema": 1,
+            "verdict": self.verdict.value,
+            "reasons": self.reasons,
+            "checkers": {name: finding.to_dict() for name, finding in self.findings.items()},
+        }
+
+
+def judge(record: RunRecord, checkers: Mapping[str, Callable[[RunRecord], Finding]] = CHECKERS) -> Judgement:
+    """Asks every checker about the run."""
+    findings = {name: _safely(check, record) for name, check in checkers.items()}
+    return Judgement(worst(finding.verdict for finding in findings.values()), findings)
+
+
+def _safely(check: Callable[[RunRecord], Finding], record: RunRecord) -> Finding:
+    try:
+        return check(record)
+    except Exception as error:  # noqa: BLE001 - rule 2: whatever a checker trips over, the run is unknown
+        return unknown(f"the checker crashed: {type(error).__name__}: {error}")

@@ -1,0 +1,69 @@
+"""Do the rounds tell one story?
+
+Rule 1: rounds are numbered from 1 without a gap, and no round has more pages than the guest.
+Rule 2: a candidate page was sent as data, or as a zero record, or skipped.
+Rule 3: payload is data pages times the page size, and the rounds add up to the migration.
+Rule 4: zero records appear only where zero pages are skipped.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from testbed.units import PAGE_BYTES
+from testbed.verdict import Finding, invalid, unknown, valid
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from testbed.record import RunRecord
+
+
+def check(record: RunRecord) -> Finding:
+    """Adds the rounds up again."""
+    if record.ended is None:
+        return valid("no migration ended: there are no rounds to judge")
+    rounds = [event.fields for event in record.all("round_ended", "source")]
+    zero_pages = sum(entry["zero_pages"] for entry in rounds)
+    if zero_pages and record.scenario.migration.skip in ("none", "hint"):
+        return invalid(
+            f"{zero_pages} zero records were sent although skip = '{record.scenario.migration.skip}'"
+        )
+    reasons = [*_numbering(rounds, record), *_sums(rounds, record.pages), *_payload(rounds, record)]
+    figures = {"rounds": len(rounds), "sent_pages": sum(entry["sent_pages"] for entry in rounds)}
+    return unknown(*reasons, **figures) if reasons else valid(**figures)
+
+
+def _numbering(rounds: list[Mapping[str, Any]], record: RunRecord) -> Iterator[str]:
+    indices = [entry["round"] for entry in rounds]
+    if indices != list(range(1, len(rounds) + 1)):
+        yield f"the rounds are numbered {indices}"
+    if record.completed and not rounds:
+        yield "the migration completed without a round"
+    limit = record.scenario.migration.rounds_max
+    # The stop-and-copy round comes after the last pre-copy round.
+    if len(rounds) > limit + 1:
+        yield f"{len(rounds)} rounds although rounds_max = {limit}"
+
+
+def _sums(rounds: list[Mapping[str, Any]], pages: int) -> Iterator[str]:
+    for entry in rounds:
+        parts = [entry[name] for name in ("sent_pages", "zero_pages", "skipped_pages")]
+        if entry["candidate_pages"] != sum(parts):
+            sums = " + ".join(str(part) for part in parts)
+            yield f"round {entry['round']}: {entry['candidate_pages']} candidate pages are not {sums}"
+        if max(entry["candidate_pages"], entry["dirtied_pages"]) > pages:
+            yield f"round {entry['round']} has more pages than the guest's {pages}"
+        if entry["payload_bytes"] != entry["sent_pages"] * PAGE_BYTES:
+            yield (
+                f"round {entry['round']}: {entry['sent_pages']} data pages are not "
+                f"{entry['payload_bytes']} bytes of payload"
+            )
+
+
+def _payload(rounds: list[Mapping[str, Any]], record: RunRecord) -> Iterator[str]:
+    if not record.completed or record.ended is None:  # a round that was cut short has no end and no figures
+        return
+    total, told = sum(entry["payload_bytes"] for entry in rounds), record.ended.fields["bytes"]["payload"]
+    if total != told:
+        yield f"the rounds carried {total} bytes of payload and the migration says {told}"

@@ -1,0 +1,119 @@
+"""One process that a run owns, from its start until nothing of it is left.
+
+Rule 1: a process leads a session and a process group of its own; its end is the end of the whole group.
+Rule 2: it carries the run's label in its environment and asks the kernel to be killed with its starter.
+Rule 3: its output goes to a file; what it said last explains why it died.
+Rule 4: it is signalled only while it is not yet reaped, so that a recycled process id is never hit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+TAIL_BYTES = 16 * 1024  # enough of a log to find its last line
+
+
+class OwnedProcess:
+    """A started process. `on_exit` is called once, on a thread of its own, with the process."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        log: Path,
+        environment: Mapping[str, str],
+        on_exit: Callable[[OwnedProcess], None],
+    ) -> None:
+        self.name = name
+        self.log = log
+        self.asked_to_end = False
+        self._on_exit = on_exit
+        self._gone = threading.Event()
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=dict(environment),
+                start_new_session=True,
+            )
+        self._watcher = threading.Thread(target=self._watch, name=f"watch-{name}", daemon=True)
+        self._watcher.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process, which is also its group's and session's id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended yet."""
+        return not self._gone.is_set()
+
+    @property
+    def status(self) -> str:
+        """How it ended, in words."""
+        code = self._process.returncode
+        if code is None:
+            return "is running"
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"ended with status {code}"
+
+    def ask_to_end(self) -> None:
+        """SIGTERM, once; the end is not waited for."""
+        self.asked_to_end = True
+        if self.alive:
+            self._process.send_signal(signal.SIGTERM)
+
+    def end(self, grace_s: float) -> None:
+        """SIGTERM, and SIGKILL for whoever is left of the group when the grace is over."""
+        self.ask_to_end()
+        if not self._gone.wait(grace_s):
+            self._process.kill()
+            self._gone.wait()
+        self._watcher.join()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it ended in time."""
+        return self._gone.wait(timeout_s)
+
+    def last_words(self) -> str:
+        """The last line of its log, of a JSON line only the message; "" when it said nothing."""
+        with self.log.open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            log.seek(max(0, log.tell() - TAIL_BYTES))
+            lines = log.read().decode("utf-8", "replace").strip().splitlines()
+        return _message(lines[-1]) if lines else ""
+
+    def _watch(self) -> None:
+        # Not reaped yet: until then the group's id cannot be given to anybody else.
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        self._gone.set()
+        self._on_exit(self)
+
+
+def _message(line: str) -> str:
+    try:
+        document = json.loads(line)
+    except ValueError:
+        return line
+    if not isinstance(document, dict):
+        return line
+    parts = [str(document[key]) for key in ("event", "reason", "error") if document.get(key)]
+    return ": ".join(parts) or line

@@ -1,0 +1,74 @@
+"""Ctrl-C, twice understood: the first press cancels in order, the second one hurries.
+
+Rule 1: a press is a fact that waiting code looks at; it never raises out of an arbitrary line.
+Rule 2: the handlers that were there before are there afterwards.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupt:
+    """Counts presses of Ctrl-C (and SIGTERM) while it is entered; use it on the main thread."""
+
+    def __init__(self) -> None:
+        self._pressed = threading.Event()
+        self._hurried = threading.Event()
+        self._before: dict[signal.Signals, Any] = {}
+        self._listeners: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def pressed(self) -> bool:
+        """Whether the user asked to stop."""
+        return self._pressed.is_set()
+
+    @property
+    def hurried(self) -> bool:
+        """Whether the user asked again: nothing is waited for any more."""
+        return self._hurried.is_set()
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` at every press, inside the signal handler."""
+        self._listeners.append(listener)
+
+    def ignore(self, listener: Callable[[], None]) -> None:
+        """Undoes `listen`."""
+        self._listeners.remove(listener)
+
+    def press(self) -> None:
+        """What a signal does."""
+        if self._pressed.is_set():
+            self._hurried.set()
+        self._pressed.set()
+        for listener in self._listeners:
+            listener()
+
+    def pause(self, seconds: float) -> None:
+        """Lets a stated time of the experiment pass; a press ends it early."""
+        self._pressed.wait(seconds)
+
+    def pause_unless_hurried(self, seconds: float) -> None:
+        """The same, ended early only by the second press."""
+        self._hurried.wait(seconds)
+
+    def _handle(self, _number: int, _frame: object) -> None:
+        self.press()

@@ -1,0 +1,149 @@
+"""What this machine is and what it can do, found out by trying and never by looking at version numbers alone.
+
+Rule 1: a capability is probed by using it the way a run uses it; the answer is "" or a line that says why not.
+Rule 2: a probe leaves nothing behind; one that could hurt this process runs in a child.
+Rule 3: a run whose scenario needs what is missing is refused before anything is started.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Final
+
+import psutil
+
+from testbed.errors import MachineCannotError
+from testbed.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from testbed.scenario import Scenario
+
+REPORTED_PACKAGES: Final = ("ballast", "grpcio", "numpy", "protobuf", "pydantic", "xxhash")
+PROBE_S: Final = 20.0
+# Beside guest RAM: four Python processes with gRPC and numpy, chunks in flight, page hashes.
+PROCESSES_BYTES: Final = 768 << 20
+DOCKER_S: Final = 3
+
+
+def facts() -> dict[str, Any]:
+    """Versions, kernel and size of this machine, for manifests and results."""
+    return {
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "architecture": platform.machine(),
+        "cpus": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "versions": {name: version(name) for name in REPORTED_PACKAGES},
+    }
+
+
+def available_bytes() -> int:
+    """Memory that a run may use now, limited by the machine and by this process's control group."""
+    return int(psutil.virtual_memory().available)
+
+
+def needed_bytes(scenario: Scenario) -> int:
+    """Guest RAM on both hosts and what the processes need beside it."""
+    return 2 * scenario.guest.memory + PROCESSES_BYTES
+
+
+def require(scenario: Scenario) -> None:
+    """Raises MachineCannotError with everything that this machine lacks for the scenario."""
+    missing = list(lacks(scenario))
+    if missing:
+        raise MachineCannotError(*missing)
+
+
+def lacks(scenario: Scenario) -> Iterator[str]:
+    """What stands in the way of running the scenario here, one line each."""
+    if sys.platform != "linux":
+        yield f"guest memory and sockets need Linux, this is {sys.platform}"
+        return
+    needed, available = needed_bytes(scenario), available_bytes()
+    if needed > available:
+        yield (
+            f"a {format_bytes(scenario.guest.memory)} guest on two hosts needs {format_bytes(needed)} of "
+            f"memory and {format_bytes(available)} are available; choose a smaller guest.memory"
+        )
+    for probe in (probe_memfd, probe_sock_diag):
+        reason = probe()
+        if reason:
+            yield reason
+    migration = scenario.migration
+    if migration.hints or migration.tracker == "uffd":
+        reason = probe_tracker()
+        if reason:
+            yield (
+                f"tracking the guest's writes in the kernel: {reason}; it needs Linux 6.7, or use "
+                "migration.tracker = 'hash' with skip = 'none' or 'zero'"
+            )
+
+
+def probe_memfd() -> str:
+    """Sealed shared memory without a file: guest RAM."""
+    try:
+        fd = os.memfd_create("ballast-probe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except (OSError, AttributeError) as error:
+        return f"memfd_create: {error}"
+    os.close(fd)
+    return ""
+
+
+def probe_tracker() -> str:
+    """Asynchronous write protection (userfaultfd) and PAGEMAP_SCAN, in a child that tracks a write."""
+    command = [sys.executable, "-m", "testbed.tracker_probe"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"the probe did not end: {error}"
+    if done.returncode == 0:
+        return done.stdout.strip()
+    lines = done.stderr.strip().splitlines()
+    return f"the probe failed: {lines[-1] if lines else f'status {done.returncode}'}"
+
+
+def probe_sock_diag() -> str:
+    """TCP_INFO of a connection by netlink: the wire bytes of local runs. Counts a real byte on loopback."""
+    from host.wire import TcpMeter  # noqa: PLC0415 - netlink is loaded by those who probe it
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host, port = listener.getsockname()
+        with socket.create_connection((host, port)) as client, listener.accept()[0]:
+            client.sendall(b"?")
+            try:
+                counted = TcpMeter(f"{host}:{port}").sample()
+            except Exception as error:  # noqa: BLE001 - netlink errors have no common base; the reason is the answer
+                return f"TCP_INFO by sock_diag: {error}"
+    return "" if counted.tx_bytes == 1 else f"TCP_INFO counts {counted.tx_bytes} bytes where 1 was sent"
+
+
+def probe_docker() -> tuple[str, str]:
+    """(engine version, why not): for hosts in containers."""
+    import docker  # noqa: PLC0415 - slow to import, and only this probe needs it
+    from docker.errors import DockerException  # noqa: PLC0415
+
+    try:
+        client = docker.from_env(timeout=DOCKER_S)
+    except DockerException as error:
+        return "", _innermost(error)
+    try:
+        return str(client.version()["Version"]), ""
+    except (DockerException, OSError) as error:
+        return "", _innermost(error)
+    finally:
+        client.close()
+
+
+def _innermost(error: BaseException) -> str:
+    """The reason under the layers that HTTP libraries put around it."""
+    while error.__context__ is not None and not isinstance(error, OSError):
+        error = error.__context__
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+    return f"no engine answers: {text}"

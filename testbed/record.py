@@ -1,0 +1,125 @@
+"""A finished run as the checkers see it: read from its directory, never from a live process.
+
+Rule 1: reading is tolerant of what a crash leaves (a torn last line, a missing artefact), never of what it
+        means: what is missing is None and the checker that needs it says unknown.
+Rule 2: events are in the order of time; events of the same instant stay in the order of arrival.
+Rule 3: artefacts are read when they are asked for; they may be large.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from testbed.beats import BeatArray, read_beats
+from testbed.errors import RecordError
+from testbed.history import Event, Origin
+from testbed.run_dir import RunDir
+from testbed.scenario import Scenario
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    U64Array = NDArray[np.uint64]
+    U8Array = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything that was recorded of one run."""
+
+    run_dir: RunDir
+    manifest: dict[str, Any]
+    scenario: Scenario
+    events: tuple[Event, ...] = field(repr=False)
+
+    def all(self, name: str, origin: Origin | None = None) -> Iterator[Event]:
+        """The events of this name, in order."""
+        return (event for event in self.events if event.name == name and origin in (None, event.origin))
+
+    def last(self, name: str, origin: Origin | None = None) -> Event | None:
+        """The newest event of this name."""
+        return max(self.all(name, origin), key=lambda event: event.at_ns, default=None)
+
+    @property
+    def ended(self) -> Event | None:
+        """The source's account of the migration, if it gave one."""
+        return self.last("migration_ended", "source")
+
+    @property
+    def outcome(self) -> str:
+        """What became of the migration; "failed" when nobody could say, "cancelled" before it began."""
+        if self.ended is not None:
+            return str(self.ended.fields["outcome"])
+        return (
+            "cancelled" if self.last("interrupted") is not None and not self.last("run_broken") else "failed"
+        )
+
+    @property
+    def outcome_reason(self) -> str:
+        """Why, in one line; empty when all went well."""
+        if self.ended is not None:
+            return str(self.ended.fields.get("reason") or "")
+        broken = self.last("run_broken")
+        if broken is not None:
+            return str(broken.fields["reason"])
+        return "interrupted before the migration" if self.last("interrupted") else "no outcome was recorded"
+
+    @property
+    def completed(self) -> bool:
+        """Whether the guest was handed over."""
+        return self.outcome == "completed"
+
+    @property
+    def pages(self) -> int:
+        """Of the guest."""
+        return self.scenario.guest.memory // 4096
+
+    @cached_property
+    def beats(self) -> dict[str, BeatArray]:
+        """The beats that each host's guest agent recorded, by host."""
+        return {host: read_beats(self.run_dir.artefact(f"{host}.beats")) for host in ("source", "dest")}
+
+    def u64(self, name: str) -> U64Array | None:
+        """An artefact of little-endian 64-bit words, or None."""
+        path = self.run_dir.artefact(name)
+        return np.fromfile(path, dtype="<u8") if path.exists() else None
+
+    def u8(self, name: str) -> U8Array | None:
+        """An artefact of bytes, or None."""
+        path = self.run_dir.artefact(name)
+        return np.fromfile(path, dtype=np.uint8) if path.exists() else None
+
+
+def load(path: Path) -> RunRecord:
+    """Reads a run directory. Raises RecordError when it is none or cannot be judged."""
+    run_dir = RunDir(path.resolve())
+    try:
+        manifest = json.loads(run_dir.manifest.read_text(encoding="utf-8"))
+        scenario = Scenario.model_validate(manifest["scenario"])
+        lines = run_dir.events.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise RecordError(f"{path}: is no run directory ({error.filename} is missing)") from error
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise RecordError(f"{path}: the record is damaged: {str(error).splitlines()[0]}") from error
+    events = [_event(line, number, len(lines), run_dir) for number, line in enumerate(lines, 1)]
+    ordered = sorted((event for event in events if event is not None), key=lambda event: event.at_ns)
+    return RunRecord(run_dir, manifest, scenario, tuple(ordered))
+
+
+def _event(line: str, number: int, lines: int, run_dir: RunDir) -> Event | None:
+    try:
+        document = json.loads(line)
+        return Event(document["at_ns"], document["origin"], document["name"], document["fields"])
+    except (ValueError, KeyError, TypeError) as error:
+        if number == lines:  # the testbed was killed while it wrote its last line
+            return None
+        raise RecordError(f"{run_dir.events}: line {number} is damaged: {error}") from error

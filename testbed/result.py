@@ -1,0 +1,222 @@
+"""The result document: one JSON object per run, stable, because other tools read it.
+
+Rule 1: it is a pure function of the record and the judgement; nothing is measured here.
+Rule 2: every number has its unit in its name; what was not measured is 0, or null where 0 would mislead.
+Rule 3: fields may be added, none may change its meaning: that needs a new `schema`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from testbed.beats import blackout_ns
+
+if TYPE_CHECKING:
+    from testbed.checkers import Judgement
+    from testbed.record import RunRecord
+
+
+class Part(BaseModel):
+    """Common rules: closed and frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GuestPart(Part):
+    """The guest as it was before the migration."""
+
+    memory_bytes: int
+    pages: int
+    free_pages_at_start: int
+    ballooned_pages_at_start: int
+
+
+class RoundPart(Part):
+    """One round of the migration."""
+
+    index: int
+    duration_ms: float
+    candidate_pages: int
+    sent_pages: int
+    zero_pages: int
+    skipped_pages: int
+    dirtied_pages: int
+    payload_bytes: int
+    wire_bytes: int
+
+
+class HintsPart(Part):
+    """The hint ledger."""
+
+    hinted_pages: int = 0
+    skipped_pages: int = 0
+    late_pages: int = 0
+    absent_pages: int = 0
+    redirtied_pages: int = 0
+    stale_pages: int = 0
+    rejected_ranges: int = 0
+    rounds: list[dict[str, Any]] = []
+
+
+class BytesPart(Part):
+    """Bytes, counted in three places."""
+
+    payload: int = 0
+    grpc: int = 0
+    wire_tx: int = 0
+    wire_rx: int = 0
+    wire_source: Literal["interface", "tcp_info"] = "tcp_info"
+
+
+class IntegrityPart(Part):
+    """The comparison of both hosts' memory."""
+
+    compared_pages: int = 0
+    skipped_pages_proved_free: int = 0
+    mismatches: int = 0
+
+
+class FaultPart(Part):
+    """A fault that was applied; healed_at_ms is null when it never was."""
+
+    kind: str
+    applied_at_ms: float
+    healed_at_ms: float | None
+
+
+class CpuPart(Part):
+    """CPU time from the request to migrate until the outcome."""
+
+    source: float = 0.0
+    dest: float = 0.0
+    guest: float = 0.0
+
+
+class MemoryPart(Part):
+    """Each node's own memory at its peak, beyond guest RAM."""
+
+    source_own_peak_bytes: int = 0
+    dest_own_peak_bytes: int = 0
+
+
+class Result(Part):
+    """The result document of one run."""
+
+    schema_: Literal[1] = 1
+    scenario: str
+    seed: int
+    outcome: Literal["completed", "rehearsal", "cancelled", "failed", "guest_lost"]
+    outcome_reason: str
+    verdict: Literal["valid", "invalid", "unknown"]
+    reasons: list[str]
+    engine: dict[str, Any]
+    total_ms: float
+    setup_ms: float
+    downtime_ms: float
+    downtime_parts_ms: dict[str, float]
+    guest_blackout_ms: float | None
+    guest: GuestPart
+    rounds: list[RoundPart]
+    hints: HintsPart
+    bytes: BytesPart
+    integrity: IntegrityPart
+    faults: list[FaultPart]
+    cpu_seconds: CpuPart
+    own_memory: MemoryPart
+    run_dir: str
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object, in the order of the fields."""
+        document = self.model_dump(mode="json")
+        return {"schema": document.pop("schema_"), **document}
+
+
+def build(record: RunRecord, judgement: Judgement) -> Result:
+    """The result document of a recorded and judged run."""
+    ended = record.ended.fields if record.ended is not None else {}
+    status = record.last("guest_status", "testbed")
+    status_fields = status.fields if status is not None else {}
+    integrity = judgement.findings["memory"].figures
+    return Result(
+        scenario=record.scenario.name,
+        seed=record.scenario.seed,
+        outcome=record.outcome,  # type: ignore[arg-type]  # pydantic checks that it is one of them
+        outcome_reason=record.outcome_reason,
+        verdict=judgement.verdict.value,
+        reasons=judgement.reasons,
+        engine=engine_facts(record),
+        total_ms=ended.get("total_ms", 0.0),
+        setup_ms=ended.get("setup_ms", 0.0),
+        downtime_ms=ended.get("downtime_ms", 0.0),
+        downtime_parts_ms=ended.get("downtime_parts_ms", {}),
+        guest_blackout_ms=_blackout_ms(record),
+        guest=GuestPart(
+            memory_bytes=record.scenario.guest.memory,
+            pages=record.pages,
+            free_pages_at_start=status_fields.get("free_pages", 0),
+            ballooned_pages_at_start=status_fields.get("ballooned_pages", 0),
+        ),
+        rounds=rounds_of(record),
+        hints=HintsPart.model_validate(_known(HintsPart, ended.get("hints") or {})),
+        bytes=BytesPart.model_validate(_known(BytesPart, ended.get("bytes") or {})),
+        integrity=IntegrityPart.model_validate(_known(IntegrityPart, integrity)),
+        faults=[],
+        cpu_seconds=CpuPart.model_validate(_known(CpuPart, _fields(record, "cpu_used"))),
+        own_memory=_own_memory(record),
+        run_dir=str(record.run_dir.path),
+    )
+
+
+def rounds_of(record: RunRecord) -> list[RoundPart]:
+    """The finished rounds, in order."""
+    return [
+        RoundPart.model_validate({"index": event.fields["round"], **_known(RoundPart, event.fields)})
+        for event in record.all("round_ended", "source")
+    ]
+
+
+def engine_facts(record: RunRecord) -> dict[str, Any]:
+    """What ran, on what: versions, machine, and what the source chose."""
+    ended = record.ended.fields if record.ended is not None else {}
+    started = record.last("migration_started", "source")
+    chosen = started.fields if started is not None else {}
+    return {
+        "name": record.scenario.engine,
+        **record.manifest.get("machine", {}),
+        "hosts": record.scenario.hosts.kind,
+        "skip": record.scenario.migration.skip,
+        "integrity": record.scenario.migration.integrity,
+        **{key: chosen[key] for key in ("tracker", "tracker_reason") if key in chosen},
+        **ended.get("engine", {}),
+    }
+
+
+def _blackout_ms(record: RunRecord) -> float | None:
+    requested, ended = record.last("migration_requested", "testbed"), record.ended
+    if requested is None or ended is None:
+        return None
+    window = (requested.at_ns, ended.at_ns)
+    gap_ns = blackout_ns(record.beats["source"], record.beats["dest"], window)
+    return None if gap_ns is None else gap_ns / 1e6
+
+
+def _own_memory(record: RunRecord) -> MemoryPart:
+    peaks = {"source": 0, "dest": 0}
+    for event in record.all("node_resources"):
+        peak = int(event.fields.get("own_memory_peak_bytes", 0))
+        peaks[event.origin] = max(peaks.get(event.origin, 0), peak)
+    return MemoryPart(source_own_peak_bytes=peaks["source"], dest_own_peak_bytes=peaks["dest"])
+
+
+def _fields(record: RunRecord, name: str) -> dict[str, Any]:
+    event = record.last(name, "testbed")
+    return dict(event.fields) if event is not None else {}
+
+
+def _known(part: type[Part], fields: Any) -> dict[str, Any]:
+    """Only what the document declares: nodes may tell more than it promises."""
+    return {key: fields[key] for key in part.model_fields if key in fields}

@@ -1,0 +1,120 @@
+"""One run from scenario to verdict.
+
+Rule 1: what this machine cannot do is refused before anything is started.
+Rule 2: everything that a run starts is undone when it ends, however it ends; then it is judged from its directory.
+Rule 3: a run that broke is a result like any other: outcome "failed", with the reason.
+"""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from testbed import machine
+from testbed.checkers import Judgement, judge
+from testbed.errors import InterruptedRunError, RunBrokenError
+from testbed.history import History
+from testbed.hosts.local import LocalHosts
+from testbed.hosts.runtime_dir import RuntimeDir
+from testbed.record import load
+from testbed.result import Result, build
+from testbed.run_dir import RunDir, create, write_json, write_lines
+from testbed.session import Session
+from testbed.verdict import Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from testbed.history import Event
+    from testbed.interrupt import Interrupt
+    from testbed.scenario import Scenario
+
+EXIT_CODES: Final = {Verdict.VALID: 0, Verdict.INVALID: 1, Verdict.UNKNOWN: 4}
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """A run that ended and was judged."""
+
+    run_dir: RunDir
+    result: Result
+    judgement: Judgement
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command line."""
+        return EXIT_CODES[self.judgement.verdict]
+
+
+def run_scenario(
+    scenario: Scenario, out: Path, interrupt: Interrupt, watch: Callable[[Event], None]
+) -> FinishedRun:
+    """Runs and judges a scenario. `watch` is told every event, on whatever thread it arrives.
+
+    Raises:
+        MachineCannotError, UsageError: nothing was started.
+    """
+    machine.require(scenario)
+    run_id = secrets.token_hex(4)
+    run_dir = create(out, scenario.name, scenario.seed)
+    write_json(
+        run_dir.manifest,
+        {
+            "schema": 1,
+            "run": run_id,
+            "started_utc": run_dir.path.name.split("-")[0],
+            "scenario": scenario.model_dump(mode="json"),
+            "machine": machine.facts(),
+        },
+    )
+    _record(scenario, run_id, run_dir, interrupt, watch)
+    return conclude(run_dir)
+
+
+def conclude(run_dir: RunDir) -> FinishedRun:
+    """Judges a recorded run and writes its result beside the record."""
+    record = load(run_dir.path)
+    judgement = judge(record)
+    result = build(record, judgement)
+    write_lines(run_dir.rounds, [part.model_dump() for part in result.rounds])
+    write_json(run_dir.verdict, judgement.to_dict())
+    write_json(run_dir.result, result.to_dict())
+    return FinishedRun(run_dir, result, judgement)
+
+
+def _record(
+    scenario: Scenario, run_id: str, run_dir: RunDir, interrupt: Interrupt, watch: Callable[[Event], None]
+) -> None:
+    with ExitStack() as stack:
+        history = History(run_dir.events)
+        stack.callback(history.close)
+        history.subscribe(watch)
+
+        def pressed() -> None:
+            history.note("interrupted", hurry=interrupt.hurried)
+
+        interrupt.listen(pressed)
+        stack.callback(interrupt.ignore, pressed)
+        runtime = RuntimeDir(run_id)
+        stack.callback(runtime.remove)
+        history.note("run_started", run=run_id, scenario=scenario.name, seed=scenario.seed)
+        try:
+            with LocalHosts(
+                scenario, run_id, run_dir=run_dir, runtime=runtime, history=history, interrupt=interrupt
+            ) as hosts:
+                Session(
+                    scenario,
+                    migration=f"{scenario.name}-{run_id}",
+                    hosts=hosts,
+                    run_dir=run_dir,
+                    history=history,
+                    interrupt=interrupt,
+                ).run()
+        except RunBrokenError as error:
+            history.note("run_broken", reason=str(error))
+        except InterruptedRunError as error:
+            history.note("run_cut_short", reason=str(error))
+        history.note("run_ended")

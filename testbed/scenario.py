@@ -1,0 +1,243 @@
+"""What a scenario may say: the experiment as one frozen document.
+
+Rule 1: a key that is not declared here is an error; a value is taken as written, never adjusted.
+Rule 2: quantities are held in base units (bytes, pages, milliseconds, bytes per second), see units.py.
+Rule 3: what only makes sense together is checked together, in `conflicts`, and reported with its path.
+Rule 4: one schema, both directions: manifest.json keeps `Scenario.model_dump()`, and judging reads it back.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from testbed.units import (
+    PAGE_BYTES,
+    format_bytes,
+    parse_bytes,
+    parse_duration_ms,
+    parse_page_rate,
+    parse_pages,
+    parse_rate,
+)
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Pages = Annotated[int, BeforeValidator(parse_pages)]
+BytesPerSecond = Annotated[int, BeforeValidator(parse_rate)]
+PagesPerSecond = Annotated[int, BeforeValidator(parse_page_rate)]
+DurationMs = Annotated[int, BeforeValidator(parse_duration_ms)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+BLOCK_BYTES: Final = 4 << 20  # the largest buddy block (order 10), the granularity of a free page hint
+MEMORY_BYTES_MIN: Final = 16 << 20  # below it boot page, rings and frame table leave no room for a workload
+MEMORY_BYTES_MAX: Final = 1 << 40  # 32-bit frame numbers in the balloon's arrays end at 16 TiB; far enough
+# Frame table and free maps take about 0.3 % of memory, rings a constant; the rest is slack that lets the
+# allocator work and the hint driver hold blocks without starving the guest.
+WORKLOAD_SHARE_MAX: Final = 0.92
+KV_RECORD_BYTES: Final = 256
+ROUNDS_MAX: Final = 1000  # a limit on everything: beyond it the dirty rate exceeds the link
+
+
+def _whole_blocks(memory_bytes: int) -> int:
+    if not MEMORY_BYTES_MIN <= memory_bytes <= MEMORY_BYTES_MAX:
+        limits = f"{format_bytes(MEMORY_BYTES_MIN)} .. {format_bytes(MEMORY_BYTES_MAX)}"
+        raise ValueError(f"{format_bytes(memory_bytes)} is outside {limits}")
+    if memory_bytes % BLOCK_BYTES:
+        raise ValueError(f"{memory_bytes} bytes are not a whole number of 4 MiB blocks")
+    return memory_bytes
+
+
+MemoryBytes = Annotated[int, BeforeValidator(parse_bytes), AfterValidator(_whole_blocks)]
+
+
+class Model(BaseModel):
+    """Common rules: strict, frozen, closed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Idle(Model):
+    """Does nothing; the guest still beats its clock."""
+
+    name: Literal["idle"]
+
+    def kept_bytes(self, memory_bytes: int) -> int:  # noqa: ARG002 - one question for every workload
+        """Memory that this workload holds or needs at its peak and that nobody can reclaim."""
+        return 0
+
+
+class Freed(Model):
+    """Fills a fraction of memory with incompressible data, keeps a part of that, frees the rest."""
+
+    name: Literal["freed"]
+    fraction: Fraction
+    keep: Fraction = 0.05
+
+    def kept_bytes(self, memory_bytes: int) -> int:
+        """The whole fraction: it is all in use before the rest is freed."""
+        return int(self.fraction * memory_bytes)
+
+
+class Files(Model):
+    """Loads real files into the page cache and evicts a part; the cache gives way under pressure."""
+
+    name: Literal["files"]
+    directory: Annotated[str, Field(min_length=1)] = "python-stdlib"
+    evict: Fraction = 0.0
+    bytes_max: Bytes = 64 << 20
+
+    def kept_bytes(self, memory_bytes: int) -> int:  # noqa: ARG002 - one question for every workload
+        """Nothing: cache pages are reclaimable."""
+        return 0
+
+
+class Writer(Model):
+    """Dirties pages of a working set at a stated rate."""
+
+    name: Literal["writer"]
+    rate: PagesPerSecond
+    working_set: Bytes
+    pattern: Literal["random", "sequential", "zipf"] = "random"
+
+    def kept_bytes(self, memory_bytes: int) -> int:  # noqa: ARG002 - one question for every workload
+        """The working set."""
+        return self.working_set
+
+
+class KeyValue(Model):
+    """A key-value store whose records, versions and checksums live in guest memory."""
+
+    name: Literal["kv"]
+    records: Annotated[int, Field(ge=1, le=50_000_000)]
+    operations_per_second: Annotated[int, Field(ge=0, le=10_000_000)]
+
+    def kept_bytes(self, memory_bytes: int) -> int:  # noqa: ARG002 - one question for every workload
+        """The records."""
+        return self.records * KV_RECORD_BYTES
+
+
+Workload = Annotated[Idle | Freed | Files | Writer | KeyValue, Field(discriminator="name")]
+WORKLOADS: Final[dict[str, type[Model]]] = {
+    "idle": Idle,
+    "freed": Freed,
+    "files": Files,
+    "writer": Writer,
+    "kv": KeyValue,
+}
+
+
+class Guest(Model):
+    """The guest and what it does."""
+
+    memory: MemoryBytes
+    kind: Literal["ballast"] = "ballast"
+    workload: Annotated[tuple[Workload, ...], Field(strict=False, max_length=16)] = ()
+
+
+class Balloon(Model):
+    """The balloon before the migration starts."""
+
+    num_pages: Pages = 0
+
+
+class Migration(Model):
+    """How the guest is migrated."""
+
+    skip: Literal["none", "zero", "hint", "both"] = "both"
+    tracker: Literal["auto", "uffd", "hash"] = "auto"
+    integrity: Literal["full", "stream"] = "full"
+    rounds_max: Annotated[int, Field(ge=1, le=ROUNDS_MAX)] = 30
+    bandwidth: BytesPerSecond = 0
+    downtime_limit: DurationMs = 300
+    hint_wait: DurationMs = 100
+    timeout: DurationMs = 60_000
+    on_rounds_max: Literal["switch", "cancel"] = "switch"
+
+    @property
+    def hints(self) -> bool:
+        """Whether hinted pages are skipped."""
+        return self.skip in ("hint", "both")
+
+
+class Hosts(Model):
+    """Where the two hosts live."""
+
+    kind: Literal["local"] = "local"
+
+
+class Run(Model):
+    """What happens around the migration."""
+
+    settle: DurationMs = 300
+    # The guest must be seen to beat after the migration: that takes some periods of 2 ms.
+    run_on: Annotated[DurationMs, Field(ge=50)] = 500
+
+
+class Scenario(Model):
+    """One experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    expect: Literal["completed", "cancelled", "failed", "guest_lost"] = "completed"
+    engine: Literal["ballast"] = "ballast"
+    guest: Guest
+    balloon: Balloon = Balloon()
+    migration: Migration = Migration()
+    hosts: Hosts = Hosts()
+    run: Run = Run()
+
+
+SECTIONS: Final[dict[str, type[Model]]] = {
+    "guest": Guest, "balloon": Balloon, "migration": Migration, "hosts": Hosts, "run": Run,
+}  # fmt: skip
+
+
+def conflicts(
+    guest: Guest | None, balloon: Balloon | None, migration: Migration | None
+) -> Iterator[tuple[str, str]]:
+    """What is wrong across fields, as (path, problem); a section that is itself invalid is None."""
+    if guest is not None:
+        yield from _memory_conflicts(guest)
+    if guest is not None and balloon is not None:
+        ballooned = balloon.num_pages * PAGE_BYTES
+        room = guest.memory - sum(item.kept_bytes(guest.memory) for item in guest.workload)
+        if ballooned > max(0, room):
+            left = format_bytes(max(0, room))
+            problem = f"{format_bytes(ballooned)} do not fit beside the workloads: {left} are left"
+            yield "balloon.num_pages", problem
+    if migration is not None and migration.tracker == "hash" and migration.hints:
+        problem = (
+            f"'hash' cannot be combined with skip = '{migration.skip}': it cannot see a page that was freed "
+            "and came back with the same content; use skip 'none' or 'zero', or tracker 'uffd'"
+        )
+        yield "migration.tracker", problem
+
+
+def _memory_conflicts(guest: Guest) -> Iterator[tuple[str, str]]:
+    seen: dict[str, int] = {}
+    for index, workload in enumerate(guest.workload):
+        if workload.name in seen:
+            yield (
+                f"guest.workload.{index}.name",
+                f"'{workload.name}' is also workload {seen[workload.name]}; each kind at most once",
+            )
+        seen.setdefault(workload.name, index)
+        if isinstance(workload, Files) and workload.bytes_max > guest.memory * WORKLOAD_SHARE_MAX:
+            yield (
+                f"guest.workload.{index}.bytes_max",
+                f"{format_bytes(workload.bytes_max)} do not fit into {format_bytes(guest.memory)} of memory",
+            )
+        if isinstance(workload, Writer) and workload.working_set < PAGE_BYTES:
+            yield f"guest.workload.{index}.working_set", "is smaller than one page"
+    needed = sum(workload.kept_bytes(guest.memory) for workload in guest.workload)
+    if needed > guest.memory * WORKLOAD_SHARE_MAX:
+        parts = ", ".join(
+            f"{item.name} {format_bytes(item.kept_bytes(guest.memory))}"
+            for item in guest.workload
+            if item.kept_bytes(guest.memory)
+        )
+        problem = (
+            f"the workloads need {format_bytes(needed)} ({parts}) and at most "
+            f"{WORKLOAD_SHARE_MAX:.0%} of {format_bytes(guest.memory)} can be given to them"
+        )
+        yield "guest.workload", problem
