@@ -133,6 +133,8 @@ class BootPage:
         stored = tuple(int(record[field.name]) for field in fields(MemoryLayout))
         if stored != astuple(layout):
             raise RestoreError(f"memory image laid out as {stored}, expected {astuple(layout)}")
+        if not int(record["memory_ready"]):
+            raise RestoreError("the memory image has no memory manager: its guest never booted")
         return cls(ram, layout)
 
     @property

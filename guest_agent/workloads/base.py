@@ -118,14 +118,15 @@ class Workload(ABC):
         broken = expected.inconsistent.get((self.id, kind))
         problems: list[str] = []
         if broken is not None:
-            problems.append(self.problem("versions in the oracle do not rise by one", broken))
+            problems.append(problem_line("versions in the oracle do not rise by one", broken))
         return items, versions, problems
 
-    def problem(self, what: str, items: U32Array | U64Array) -> str:
-        """One line about some items."""
-        named = ", ".join(str(item) for item in items[:_ITEMS_NAMED].tolist())
-        more = ", ..." if items.size > _ITEMS_NAMED else ""
-        return f"{self.name}: {what}: {items.size} items ({named}{more})"
+
+def problem_line(what: str, items: U32Array | U64Array) -> str:
+    """One line about some items: how many, and the first few."""
+    named = ", ".join(str(item) for item in items[:_ITEMS_NAMED].tolist())
+    more = ", ..." if items.size > _ITEMS_NAMED else ""
+    return f"{what}: {items.size} items ({named}{more})"
 
 
 class Pacer:

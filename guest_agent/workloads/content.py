@@ -65,7 +65,7 @@ class PageContent:
 
     def pages(self, indices: U64Array) -> U64Array:
         """Content of pages in any order: uint64, shape (n, 512)."""
-        content = self._pool[indices & np.uint64(_POOL_PAGES - 1)]
+        content: U64Array = self._pool[indices & np.uint64(_POOL_PAGES - 1)]
         content ^= mix(indices + self._salt)[:, None]
         return content
 

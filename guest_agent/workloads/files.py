@@ -19,7 +19,7 @@ from guest_agent.buddy import PRESSURE_CACHE
 from guest_agent.errors import WorkloadError
 from guest_agent.frames import FrameKind
 from guest_agent.oracle import VALUE_KIND_FIRST, Expectations
-from guest_agent.workloads.base import IDLE_NS, Guest, Workload, register_integer
+from guest_agent.workloads.base import IDLE_NS, Guest, Workload, problem_line, register_integer
 from guest_agent.workloads.content import chunks_of, generator_at, stream_key, word_sums
 from guest_agent.workloads.options import Options
 
@@ -100,13 +100,13 @@ class Files(Workload):
         pfns = self._guest.frames.pfns_of(self.id)
         indices = self._guest.frames.index[pfns.astype(np.int64)]
         if not np.array_equal(indices, items):
-            problems.append(self.problem("pages are not in the cache", np.setdiff1d(items, indices)))
-            problems.append(self.problem("pages are in the cache unexpectedly", np.setdiff1d(indices, items)))
+            problems.append(problem_line("pages are not in the cache", np.setdiff1d(items, indices)))
+            problems.append(problem_line("pages are in the cache unexpectedly", np.setdiff1d(indices, items)))
             return problems
         found = [word_sums(self._guest.ram.words[chunk]) for _, chunk in chunks_of(pfns)]
         altered = items[np.concatenate([np.empty(0, dtype=np.uint64), *found]) != values]
         if altered.size:
-            problems.append(self.problem("cached pages are altered", altered))
+            problems.append(problem_line("cached pages are altered", altered))
         return problems
 
 

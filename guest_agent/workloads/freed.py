@@ -13,7 +13,7 @@ import numpy as np
 
 from guest_agent.errors import WorkloadError
 from guest_agent.oracle import VALUE_KIND_FIRST, Expectations
-from guest_agent.workloads.base import IDLE_NS, Guest, Workload, register_integer
+from guest_agent.workloads.base import IDLE_NS, Guest, Workload, problem_line, register_integer
 from guest_agent.workloads.content import PageContent, chunks_of, stream_key
 from guest_agent.workloads.options import Options
 
@@ -72,7 +72,7 @@ class Freed(Workload):
         pfns = self._guest.frames.pfns_of(self.id)
         indices = self._guest.frames.index[pfns.astype(np.int64)].astype(np.uint64)
         if not np.array_equal(indices, np.arange(kept, dtype=np.uint64)):
-            problems.append(f"{self.name}: the oracle expects {kept} pages, the frame table has {pfns.size}")
+            problems.append(f"the oracle expects {kept} pages, the frame table has {pfns.size}")
         wrong = [
             indices[start : start + chunk.size][
                 (
@@ -83,5 +83,5 @@ class Freed(Workload):
         ]
         altered = np.concatenate([np.empty(0, dtype=np.uint64), *wrong])
         if altered.size:
-            problems.append(self.problem("kept pages are altered", altered))
+            problems.append(problem_line("kept pages are altered", altered))
         return problems

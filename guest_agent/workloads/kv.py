@@ -16,7 +16,7 @@ import numpy as np
 
 from guest_agent.arrays import PAGE_WORDS, I64Array, U64Array
 from guest_agent.oracle import Expectations
-from guest_agent.workloads.base import Guest, Pacer, Workload, register_integer
+from guest_agent.workloads.base import Guest, Pacer, Workload, problem_line, register_integer
 from guest_agent.workloads.choice import PATTERNS, Chooser
 from guest_agent.workloads.content import chunks_of, mix, stream_key, word_sums
 from guest_agent.workloads.options import Options
@@ -95,7 +95,8 @@ class KeyValueStore(Workload):
         records[:, _KEY] = keys
         records[:, _VERSION] = versions
         seeds = mix(mix(keys + self._salt) + versions)
-        records[:, _VALUE_FIRST:_CHECKSUM] = mix(seeds[:, None] + np.arange(_VALUE_WORDS, dtype=np.uint64))
+        words: U64Array = np.add.outer(seeds, np.arange(_VALUE_WORDS, dtype=np.uint64))
+        records[:, _VALUE_FIRST:_CHECKSUM] = mix(words)
         records[:, _CHECKSUM] = word_sums(records[:, :_CHECKSUM])
         return records
 
@@ -119,13 +120,13 @@ class KeyValueStore(Workload):
         """Every record is exactly that of its last recorded version, and no read ever went wrong."""
         items, versions, problems = self.expected_of(expected, KIND_RECORD_VERSION)
         if self._read_errors:
-            problems.append(f"{self.name}: {self._read_errors} reads found a broken record")
+            problems.append(f"{self._read_errors} reads found a broken record")
         frames = self._guest.frames
         pfns = frames.pfns_of(self.id).astype(np.int64)
         pages_wanted = np.arange(self._pages, dtype=np.uint32)
         if items.size != self._records or not np.array_equal(frames.index[pfns], pages_wanted):
             problems.append(
-                f"{self.name}: the oracle knows {items.size} of {self._records} records, "
+                f"the oracle knows {items.size} of {self._records} records, "
                 f"the frame table {pfns.size} of {self._pages} pages"
             )
             return problems
@@ -141,7 +142,7 @@ class KeyValueStore(Workload):
         for what, parts in (("records of another version", other_version), ("records are altered", altered)):
             which = np.concatenate(parts)
             if which.size:
-                problems.append(self.problem(what, which))
+                problems.append(problem_line(what, which))
         return problems
 
 

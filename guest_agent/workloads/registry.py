@@ -2,10 +2,9 @@
 
 Rule 1: a spec is the scenario's table as it stands: {"name": kind, option: value, ...}; it is saved with the
         guest, so that another host builds the same workload from it.
-Rule 2: ids are positions in the list, from 1; the second workload of a kind is named kind-2.
+Rule 2: ids are positions in the list, from 1; a workload's name is its kind and its id.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -24,24 +23,25 @@ WORKLOADS: Final[Mapping[str, type[Workload]]] = {
 }
 
 
-def build_workloads(specs: Sequence[Mapping[str, Any]]) -> list[Workload]:
-    """Make the workloads of one guest, not yet set up.
+def build_workload(spec: Mapping[str, Any], workload_id: int) -> Workload:
+    """Make one workload, not yet set up.
 
     Raises:
         WorkloadError: an unknown kind, an unknown option, or a value that is none.
     """
-    if len(specs) > WORKLOAD_ID_MAX:
-        raise WorkloadError(f"{len(specs)} workloads, at most {WORKLOAD_ID_MAX} are possible")
-    seen: Counter[str] = Counter()
-    workloads = []
-    for workload_id, spec in enumerate(specs, start=1):
-        values = dict(spec)
-        kind = values.pop("name", None)
-        if not isinstance(kind, str) or kind not in WORKLOADS:
-            raise WorkloadError(f"workload {workload_id}: {kind!r} is none of {', '.join(sorted(WORKLOADS))}")
-        seen[kind] += 1
-        name = kind if seen[kind] == 1 else f"{kind}-{seen[kind]}"
-        options = Options(name, values)
-        workloads.append(WORKLOADS[kind](name, workload_id, options))
-        options.finish()
-    return workloads
+    if not 1 <= workload_id <= WORKLOAD_ID_MAX:
+        raise WorkloadError(f"workload {workload_id}: ids are 1 to {WORKLOAD_ID_MAX}")
+    values = dict(spec)
+    kind = values.pop("name", None)
+    if not isinstance(kind, str) or kind not in WORKLOADS:
+        raise WorkloadError(f"workload {workload_id}: {kind!r} is none of {', '.join(sorted(WORKLOADS))}")
+    name = f"{kind}-{workload_id}"
+    options = Options(name, values)
+    workload = WORKLOADS[kind](name, workload_id, options)
+    options.finish()
+    return workload
+
+
+def build_workloads(specs: Sequence[Mapping[str, Any]]) -> list[Workload]:
+    """Make the workloads of one guest, in the order of their specs; raises as build_workload()."""
+    return [build_workload(spec, workload_id) for workload_id, spec in enumerate(specs, start=1)]

@@ -17,7 +17,7 @@ import numpy as np
 from guest_agent.arrays import PAGE_BYTES, PAGE_WORDS, I64Array, U64Array
 from guest_agent.frames import FrameKind
 from guest_agent.oracle import Expectations
-from guest_agent.workloads.base import Guest, Pacer, Workload, register_integer
+from guest_agent.workloads.base import Guest, Pacer, Workload, problem_line, register_integer
 from guest_agent.workloads.choice import PATTERNS, Chooser
 from guest_agent.workloads.content import PageContent, chunks_of, mix, stream_key
 from guest_agent.workloads.options import Options
@@ -131,7 +131,7 @@ class Writer(Workload):
         guest = self._guest
         pfns = guest.frames.pfns_of(self.id)
         if not np.array_equal(guest.frames.index[pfns.astype(np.int64)], items):
-            problems.append(f"{self.name}: the oracle knows {items.size} pages, the frame table {pfns.size}")
+            problems.append(f"the oracle knows {items.size} pages, the frame table {pfns.size}")
             return problems
         indices = items.astype(np.uint64)
         other_version, altered = [indices[:0]], [indices[:0]]
@@ -145,5 +145,5 @@ class Writer(Workload):
         for what, parts in (("pages of another version", other_version), ("pages are altered", altered)):
             which = np.concatenate(parts)
             if which.size:
-                problems.append(self.problem(what, which))
+                problems.append(problem_line(what, which))
         return problems
