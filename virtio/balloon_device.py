@@ -1,7 +1,7 @@
-"""What a balloon device does with the chains of its queues (virtio 1.2 section 5.5.6), without doing it to memory.
+"""What a balloon device makes of the chains of its queues (virtio 1.2 section 5.5.6); memory is not its job.
 
-Rule 1: nothing a guest does raises here: what is wrong is counted by kind (`guest_errors`) and left out of the
-        result. The caller gives every chain back with length 0: a balloon never writes into buffers.
+Rule 1: nothing a guest does raises here: what is wrong is counted by kind (`guest_errors`) and left out of
+        the result. The caller gives every chain back with length 0: a balloon never writes into buffers.
 Rule 2: results are sets: a page named twice counts once.
 Rule 3: direction decides what a buffer is, never its length: readable is a command or an array of page frame
         numbers, writable is pages.
@@ -108,7 +108,7 @@ class BalloonDevice:
         features_offered: int = FEATURES_DEFAULT,
         config: BalloonConfig | None = None,
     ) -> None:
-        """A device for `pages` of guest RAM. Raises LocalProtocolError when asked to offer what it cannot do."""
+        """A device for `pages` of guest RAM. Raises LocalProtocolError when it cannot do what it should offer."""
         if features_offered & ~FEATURES_SUPPORTED or not has(features_offered, F_VERSION_1):
             raise LocalProtocolError(f"features {features_offered:#x}, supported {FEATURES_SUPPORTED:#x}")
         self.pages = pages
@@ -153,7 +153,7 @@ class BalloonDevice:
 
     @property
     def hints_usable(self) -> bool:
-        """Whether a hinted page may be skipped: hints negotiated, and freed pages may read as zero afterwards.
+        """Whether hinted pages may be skipped: hints are negotiated, and freed pages may read as zero.
 
         A guest that poisons freed pages expects to find the poison again; destination memory is zero.
         """
@@ -259,7 +259,7 @@ class BalloonDevice:
 
 
 def reader(memory: memoryview) -> Callable[[int, int], bytes]:
-    """A bounds-checked `read(guest address, bytes)` over guest RAM; raises GuestProtocolError ("address_range")."""
+    """A `read(guest address, bytes)` over guest RAM that raises GuestProtocolError ("address_range") outside."""
 
     def read(address: int, length: int) -> bytes:
         if address < 0 or length < 0 or address + length > len(memory):
