@@ -108,7 +108,7 @@ class BalloonDevice:
         features_offered: int = FEATURES_DEFAULT,
         config: BalloonConfig | None = None,
     ) -> None:
-        """A device for `pages` of guest RAM. Raises LocalProtocolError when it cannot do what it should offer."""
+        """A device for `pages` of guest RAM. Raises LocalProtocolError for features it does not have."""
         if features_offered & ~FEATURES_SUPPORTED or not has(features_offered, F_VERSION_1):
             raise LocalProtocolError(f"features {features_offered:#x}, supported {FEATURES_SUPPORTED:#x}")
         self.pages = pages
@@ -259,7 +259,7 @@ class BalloonDevice:
 
 
 def reader(memory: memoryview) -> Callable[[int, int], bytes]:
-    """A `read(guest address, bytes)` over guest RAM that raises GuestProtocolError ("address_range") outside."""
+    """A `read(guest address, bytes)` over guest RAM; outside, GuestProtocolError ("address_range")."""
 
     def read(address: int, length: int) -> bytes:
         if address < 0 or length < 0 or address + length > len(memory):

@@ -1,8 +1,9 @@
-"""The balloon driver's logic, as the merged Linux driver has it; its hands (pages, rings, threads) are elsewhere.
+"""The balloon driver's logic, as in the merged Linux driver; its hands (pages, rings, threads) are elsewhere.
 
-Rule 1: events in, commands out (`handle`); one inflation or deflation is under way at a time, so a page is never
-        deflated before its inflation was acknowledged (section 5.5.6.1).
-Rule 2: `actual` changes when the device acknowledged, and is written to the configuration space after each change.
+Rule 1: events in, commands out (`handle`); one inflation or deflation is under way at a time, so a page is
+        never deflated before its inflation was acknowledged (section 5.5.6.1).
+Rule 2: `actual` changes when the device acknowledged, and is written to the configuration space after each
+        change.
 Rule 3: a command id is reported for once: what counts is the id last read against the id last reported for. A
         running report ends as soon as the two differ; DONE gives the held pages back, after the report ended.
 Rule 4: short of memory the driver stops where it is: no second try before the target changes or `Retry`.
@@ -46,7 +47,7 @@ class ConfigChanged:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """The hands put this many pages of an `InflatePfns` or `DeflatePfns` on their queue, maybe fewer than asked."""
+    """The hands put this many pages on the queue of an `InflatePfns` or `DeflatePfns`, maybe fewer than asked."""
 
     queue: int
     pages: int
@@ -81,18 +82,20 @@ DriverEvent = ConfigChanged | Submitted | UsedBuffers | ReportEnded | OutOfMemor
 
 @dataclass(frozen=True, slots=True)
 class InflatePfns:
-    """Allocate up to `count` pages, put their numbers on the inflate queue (arrays of at most 256 each), say
-    `Submitted`. Do not touch them until they are deflated.
-    """  # noqa: D205
+    """Allocate up to `count` pages, put their numbers on the inflate queue, say `Submitted`.
+
+    At most 256 numbers go into one array. The pages are not touched until they are deflated.
+    """
 
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class DeflatePfns:
-    """Put the numbers of up to `count` ballooned pages on the deflate queue, say `Submitted`; free them when the
-    queue's `UsedBuffers` comes (with MUST_TELL_HOST never before).
-    """  # noqa: D205
+    """Put the numbers of up to `count` ballooned pages on the deflate queue, say `Submitted`.
+
+    The pages are free when the queue's `UsedBuffers` came (with MUST_TELL_HOST never before).
+    """
 
     count: int
 
@@ -106,7 +109,7 @@ class WriteActual:
 
 @dataclass(frozen=True, slots=True)
 class StartReport:
-    """Send this id on the hint queue, then free blocks while `report_continues`, then STOP; say `ReportEnded`."""
+    """Send this id on the hint queue, free blocks while `report_continues`, then STOP; say `ReportEnded`."""
 
     command_id: int
 
@@ -162,7 +165,7 @@ class BalloonDriver:
         self._operation: _Operation | None = None
         self._reporting = False
         self._stop_asked = False
-        self._waiting = False  # short of memory: no further inflation before the target changes, or `Retry`
+        self._waiting = False  # short of memory: no further inflation before a new target or `Retry`
 
     def negotiate(self, offered: int) -> int:
         """The features to accept of those offered.
@@ -270,14 +273,16 @@ class BalloonDriver:
         return self._hints()
 
     def _towards_target(self) -> list[DriverCommand]:
-        if self._operation is not None or self._waiting or self.num_pages == self.actual:
-            return []
         count = min(abs(self.num_pages - self.actual), self._batch_pages)
-        if self.num_pages > self.actual:
-            self._operation = _Operation(QUEUE_INFLATE, count)
-            return [InflatePfns(count)]
-        self._operation = _Operation(QUEUE_DEFLATE, count)
-        return [DeflatePfns(count)]
+        if self._operation is not None or count == 0:
+            return []
+        if self.num_pages < self.actual:
+            self._operation = _Operation(QUEUE_DEFLATE, count)
+            return [DeflatePfns(count)]
+        if self._waiting:
+            return []
+        self._operation = _Operation(QUEUE_INFLATE, count)
+        return [InflatePfns(count)]
 
     def _submitted(self, queue: int, pages: int) -> list[DriverCommand]:
         operation = self._operation
@@ -285,7 +290,7 @@ class BalloonDriver:
             raise LocalProtocolError(f"nothing was to be submitted on queue {queue}")
         if not 0 <= pages <= operation.asked:
             raise LocalProtocolError(f"{pages} pages submitted, {operation.asked} asked for")
-        self._waiting = self._waiting or pages < operation.asked
+        self._waiting = self._waiting or (queue == QUEUE_INFLATE and pages < operation.asked)
         if pages == 0:
             self._operation = None
         operation.pages = pages

@@ -112,15 +112,14 @@ class MockDriver:
         return self.rings[queue].used()
 
     def lie_descriptor(
-        self, queue: int, index: int, address: int, length: int, flags: int = 0, following: int = 0
+        self, queue: int, index: int, address: int, length: int, *, flags: int = 0, following: int = 0
     ) -> None:
         """Write one raw descriptor into a ring's table."""
-        self.lie_descriptor_at(
-            self.layouts[queue].desc + DESCRIPTOR_BYTES * index, address, length, flags, following
-        )
+        at = self.layouts[queue].desc + DESCRIPTOR_BYTES * index
+        self.lie_descriptor_at(at, address, length, flags=flags, following=following)
 
     def lie_descriptor_at(
-        self, at: int, address: int, length: int, flags: int = 0, following: int = 0
+        self, at: int, address: int, length: int, *, flags: int = 0, following: int = 0
     ) -> None:
         """Write one raw descriptor anywhere, such as into an indirect table."""
         _DESCRIPTOR.pack_into(self.memory, at, address, length, flags, following)
@@ -140,7 +139,7 @@ class MockDriver:
         self.memory.cast("H")[(self.layouts[queue].avail >> 1) + 1] = index
 
     def used_entries(self, queue: int) -> list[tuple[int, int]]:
-        """Every (head, length) that the device ever wrote back, newest `size` at most, read from raw memory."""
+        """Every (head, length) that the device wrote back, the newest `size` at most, from raw memory."""
         layout, words = self.layouts[queue], self.memory.cast("H")
         index = words[(layout.used >> 1) + 1]
         entries = self.memory[layout.used + 4 : layout.used + 4 + 8 * layout.size].cast("I")
