@@ -110,7 +110,7 @@ class SourcePhase(Enum):
 P = SourcePhase
 FINAL_PHASES = frozenset({P.COMPLETED, P.CANCELLED, P.FAILED})
 # Phases in which a failure or a cancellation leads back to the source, unconditionally.
-REVERSIBLE_PHASES = frozenset(P) - FINAL_PHASES - {P.IDLE, P.COMMITTING, P.COMPLETING, P.ABORTING, P.RESUMING}
+REVERSIBLE_PHASES = frozenset(P) - FINAL_PHASES - {P.IDLE, P.RECORDING, P.COMMITTING, P.COMPLETING, P.ABORTING, P.RESUMING}
 
 TRANSITIONS: dict[SourcePhase, dict[type[SourceEvent], frozenset[SourcePhase]]] = {
     P.IDLE: {MigrationRequested: frozenset({P.OPENING})},
@@ -147,7 +147,14 @@ TRANSITIONS: dict[SourcePhase, dict[type[SourceEvent], frozenset[SourcePhase]]] 
     P.FINAL_DRAINING: {AllAcknowledged: frozenset({P.SAVING})},
     P.SAVING: {GuestSaved: frozenset({P.PREPARING})},
     P.PREPARING: {PrepareAnswered: frozenset({P.RECORDING, P.ABORTING})},
-    P.RECORDING: {StateRecorded: frozenset({P.COMMITTING})},
+    # COMMITTING may be durable already when bad news comes in here: only the destination can be asked then.
+    P.RECORDING: {
+        StateRecorded: frozenset({P.COMMITTING}),
+        PeerLost: frozenset({P.RECORDING}),
+        TimerFired: frozenset({P.RECORDING}),
+        CancelRequested: frozenset({P.RECORDING}),
+        HostFailed: frozenset({P.RECORDING}),
+    },
     P.COMMITTING: {
         CommitAnswered: frozenset({P.COMMITTING, P.COMPLETING, P.ABORTING}),
         PeerLost: frozenset({P.COMMITTING}),
@@ -156,7 +163,7 @@ TRANSITIONS: dict[SourcePhase, dict[type[SourceEvent], frozenset[SourcePhase]]] 
         HostFailed: frozenset({P.COMMITTING}),
     },
     P.COMPLETING: {StateRecorded: frozenset({P.COMPLETED})},
-    P.ABORTING: {StateRecorded: frozenset({P.RESUMING, P.CANCELLED, P.FAILED})},
+    P.ABORTING: {StateRecorded: frozenset({P.ABORTING, P.RESUMING, P.CANCELLED, P.FAILED})},
     P.RESUMING: {GuestResumed: frozenset({P.CANCELLED, P.FAILED}), HostFailed: frozenset({P.FAILED})},
     P.COMPLETED: {},
     P.CANCELLED: {},
@@ -515,7 +522,7 @@ class SourceMachine:
     def _on_aborting(self, event: SourceEvent) -> list[SourceCommand]:
         assert isinstance(event, StateRecorded)
         if event.state is not Recorded.ABORTED:
-            return []  # the record of COMMITTING or STARTED that was under way when the attempt turned back
+            return []  # the record of STARTED that was under way when the attempt turned back
         if not self._pause_ordered:
             return self._end_at_source()
         self.phase = P.RESUMING

@@ -1,0 +1,261 @@
+"""The pair harness: a source and a destination machine joined in memory, with a guest of plain arrays.
+
+Public, like the mock driver of virtio: whoever changes a machine plays it through here first. The harness
+carries out orders the way the real shells do, only without processes, sockets and clocks, and it lets a test
+interfere between any two of them. Memory is one u64 per page (its content); hashes are the contents.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias, assert_never
+
+import numpy as np
+
+from migration import commands as do
+from migration import events as told
+from migration.dest_machine import DestMachine
+from migration.errors import RemoteProtocolError
+from migration.identity import AttemptKey
+from migration.pages import BoolArray, U64Array
+from migration.rounds import Limits
+from migration.source_machine import SourceMachine
+
+Hook: TypeAlias = Callable[["MachinePair", do.SourceCommand], None]
+
+
+@dataclass(slots=True)
+class ToyGuest:
+    """Pages as words, and who runs it. `free` pages are what the guest would hint."""
+
+    memory: U64Array
+    dirty: BoolArray
+    free: BoolArray
+    running_at: str = "source"
+
+    def write(self, pfn: int, value: int) -> None:
+        """A write of the running guest: content and dirty log, and the page is in use."""
+        assert self.running_at == "source", "a paused guest writes nothing"
+        self.memory[pfn] = value
+        self.dirty[pfn] = True
+        self.free[pfn] = False
+
+
+@dataclass(slots=True)
+class ToyDestination:
+    """What the destination's shell holds."""
+
+    memory: U64Array
+    named: BoolArray
+    chunks: int = 0
+    journal: list[str] = field(default_factory=list)
+    restored: bool = False
+    running: bool = False
+
+
+class MachinePair:
+    """Runs one attempt to its end. `before` is called with every source command before it is carried out."""
+
+    def __init__(  # noqa: PLR0913 - a scenario has as many knobs as it has
+        self,
+        pages: int = 64,
+        *,
+        skip: told.Skip = told.Skip.NONE,
+        limits: Limits | None = None,
+        before: Hook | None = None,
+        hints_late: bool = False,
+        attempt: int = 1,
+        guest: ToyGuest | None = None,
+    ) -> None:
+        self.key = AttemptKey("m", attempt, 1)
+        self.pages = pages
+        self.skip = skip
+        self.limits = limits or Limits(downtime_limit_ms=0.0)
+        self.source = SourceMachine()
+        self.dest_machine = DestMachine()
+        self.guest = guest or ToyGuest(
+            np.arange(1, pages + 1, dtype=np.uint64), np.zeros(pages, np.bool_), np.zeros(pages, np.bool_)
+        )
+        self.dest = ToyDestination(np.zeros(pages, np.uint64), np.zeros(pages, np.bool_))
+        self.events: deque[told.SourceEvent] = deque()
+        self.log: list[do.SourceCommand] = []
+        self.source_journal: list[str] = []
+        self.outcome: do.EndMigration | None = None
+        self.guest_frozen = False
+        self.hints_told_done = False
+        self.hints_late = hints_late
+        self.timers: set[told.Timer] = set()
+        self.link_up = True
+        self.now_ns = 0
+        self._before = before or (lambda _pair, _command: None)
+        self._command_id = 0
+
+    def run(self, steps_max: int = 10_000) -> str:
+        """Feeds events until the source machine ends; its outcome. Timers fire when nothing else happens."""
+        self.tell(
+            told.MigrationRequested(self.key, self.pages, self.skip, self.limits, hint_wait_ms=100)
+        )
+        for _ in range(steps_max):
+            if self.source.ended:
+                assert self.outcome is not None, "a machine that ended said how"
+                return self.outcome.outcome
+            if self.events:
+                self.tell(self.events.popleft())
+            elif self.timers:
+                self.tell(told.TimerFired(self.timers.pop()))
+            else:
+                raise AssertionError(f"stuck in {self.source.phase.name} after {self.log[-1:]}")
+        raise AssertionError(f"no end within {steps_max} steps, in {self.source.phase.name}")
+
+    def tell(self, event: told.SourceEvent) -> None:
+        """One event in, every command of it carried out."""
+        self.now_ns += 1_000_000
+        for command in self.source.handle(event, self.now_ns):
+            self._before(self, command)
+            self.log.append(command)
+            self._carry_out(command)
+
+    def count(self, kind: type) -> int:
+        """How many commands of this kind the machine gave."""
+        return sum(isinstance(command, kind) for command in self.log)
+
+    # -- the source's shell --------------------------------------------------------------------
+
+    def _carry_out(self, command: do.SourceCommand) -> None:  # noqa: C901, PLR0912, PLR0915 - one arm per order
+        post = self.events.append
+        match command:
+            case do.RecordState(_, state):
+                self.source_journal.append(state.value)
+                post(told.StateRecorded(state))
+            case do.OpenDestination(key):
+                self._to_dest(told.OpenRequested(key, self.pages), lambda _: told.DestinationOpened("one"))
+            case do.StartTracking():
+                self.guest.dirty[:] = False
+                post(told.TrackingStarted())
+            case do.Harvest():
+                dirty = self.guest.dirty.copy()
+                self.guest.dirty[:] = False
+                post(told.Harvested(dirty))
+            case do.OpenHints():
+                self._command_id += 1
+                post(told.HintsOpened(self._command_id))
+                if not self.hints_late:
+                    post(self.hint_report())
+            case do.CloseHints():
+                last = self.hint_report() if self.hints_late else told.HintsReported(self._command_id)
+                post(told.HintsClosed(last))
+            case do.EndHints():
+                self.hints_told_done = True
+            case do.ArmTimer(timer, _):
+                self.timers.add(timer)
+            case do.DisarmTimer(timer):
+                self.timers.discard(timer)
+            case do.SendPages(_, pfns):
+                self._send(pfns)
+            case do.AwaitAcknowledgements():
+                post(told.AllAcknowledged())
+            case do.PauseGuest():
+                self.guest.running_at = "nobody"
+                post(told.GuestPaused())
+            case do.SaveGuest():
+                post(told.GuestSaved(self.digest()))
+            case do.SendPrepare(key, digest):
+                request = told.PrepareRequested(key, "one", digest, self.dest.chunks)
+                self._to_dest(request, lambda reply: told.PrepareAnswered(reply.answer, reply.reason))
+            case do.SendCommit(key, digest):
+                answer = lambda reply: told.CommitAnswered(reply.answer, reply.reason)  # noqa: E731
+                self._to_dest(told.CommitRequested(key, digest), answer)
+            case do.ResumeGuest():
+                assert "ABORTED" in self.source_journal, "resumed before ABORTED was recorded"
+                assert not self.dest.running, "resumed while the destination runs the guest"
+                self.guest.running_at = "source"
+                post(told.GuestResumed())
+            case do.FreezeGuest():
+                self.guest_frozen = True
+            case do.AbortDestination(key, reason):
+                self._to_dest(told.AbortRequested(key, reason), None)
+            case do.ForgetDestination(key):
+                self._to_dest(told.ForgetRequested(key), None)
+            case do.EndMigration():
+                self.outcome = command
+            case do.Note():
+                pass
+            case _ as never:
+                assert_never(never)
+
+    def hint_report(self) -> told.HintsReported:
+        """What the guest hints now: every free page, one by one, and STOP."""
+        free = np.flatnonzero(self.guest.free).astype(np.uint64)
+        return told.HintsReported(self._command_id, free, np.ones(free.size, np.uint64), stopped=True)
+
+    def _send(self, pfns: U64Array) -> None:
+        if not self.link_up:
+            self.events.append(told.PeerLost("the link is down"))
+            return
+        self.dest.memory[pfns] = self.guest.memory[pfns]
+        self.dest.named[pfns] = True
+        self.dest.chunks += 1
+        self.events.append(told.PagesSent(len(pfns), 0, len(pfns) * 4096))
+
+    def digest(self) -> int:
+        """Stands for the image digest: the last-sent content of every page."""
+        return hash(self.dest.memory.tobytes()) & (2**64 - 1)
+
+    # -- the wire and the destination's shell --------------------------------------------------
+
+    def _to_dest(
+        self, event: told.DestEvent, answer: Callable[[do.Reply], told.SourceEvent] | None
+    ) -> None:
+        if not self.link_up:
+            self.events.append(told.PeerLost("the link is down"))
+            return
+        try:
+            reply = self.drive_dest(event)
+        except RemoteProtocolError as error:
+            self.events.append(told.PeerLost(str(error)))
+            return
+        if answer is not None:
+            self.events.append(answer(reply))
+
+    def drive_dest(self, event: told.DestEvent) -> do.Reply:
+        """One call or fact at the destination, to its reply."""
+        reply = do.Reply(told.Answer.UNKNOWN)
+        pending = list(self.dest_machine.handle(event))
+        while pending:
+            command = pending.pop(0)
+            follow: told.DestEvent | None = None
+            match command:
+                case do.RecordState(_, state):
+                    self.dest.journal.append(state.value)
+                    follow = told.StateRecorded(state)
+                case do.ReserveMemory():
+                    self.dest.memory[:] = 0
+                    self.dest.named[:] = False
+                case do.VerifyImage(digest, chunks):
+                    good = digest == self.digest() and chunks == self.dest.chunks
+                    follow = told.ImageVerified() if good else told.ImageRefused("digest differs")
+                case do.RestoreGuest():
+                    self.dest.restored = True
+                    follow = told.GuestRestored()
+                case do.ConfirmGuest():
+                    follow = told.GuestConfirmed() if self.dest.restored else told.ImageRefused("no image")
+                case do.RunGuest():
+                    assert self.dest.journal[-1] == "COMMITTED", "ran before COMMITTED was recorded"
+                    assert self.guest.running_at == "nobody", "two owners"
+                    self.guest.running_at = "dest"
+                    self.dest.running = True
+                case do.DiscardImage():
+                    self.dest.restored = False
+                    self.dest.memory[:] = 0
+                    self.dest.named[:] = False
+                case do.Reply():
+                    reply = command
+                case do.ForgetAttempt() | do.Note():
+                    pass
+                case _ as never:
+                    assert_never(never)
+            if follow is not None:
+                pending += self.dest_machine.handle(follow)
+        return reply
