@@ -138,6 +138,9 @@ def test_hint_clears_only_this_rounds_set() -> None:
     one_range(round_set, 0, 100)
     assert (harvested == before).all()
     assert (round_set.candidates == before).all()
+    # And the other way round: who gave the mask may go on with it.
+    harvested[:] = False
+    assert (round_set.candidates == before).all()
     # The guest took pages 7..9 back and wrote them: the next harvest has them, and the next round sends them.
     totals = round_set.finish(mask_of([7, 8, 9, 500]))
     assert totals.redirtied_pages == 3
