@@ -16,6 +16,7 @@ import structlog
 from host.clock import now_ns
 from host.errors import AgentError, AgentLost, HostError
 from host.guest_memory import HostRam
+from host.resources import cpu_seconds
 from migration import commands as do
 from migration import events as told
 from migration.codec import image_digest
@@ -154,6 +155,7 @@ class Intake:
         match command:
             case do.ReserveMemory(key, memory_bytes):
                 self._receiver = PageReceiver(HostRam.create(memory_bytes), key.attempt)
+                self._host.events.add("memory_reserved", memory_bytes=memory_bytes, cpu_seconds=cpu_seconds())
             case do.RecordState():
                 return self._record(command)
             case do.VerifyImage(digest, chunks):
@@ -231,6 +233,7 @@ class Intake:
         assert request is not None, "no Prepare at hand"
         if not receiver.join(JOIN_TIMEOUT_S):
             raise IntakeRefused("a page writer does not end")
+        self._host.events.add("pages_received", chunks=receiver.stored_chunks, cpu_seconds=cpu_seconds())
         if receiver.stored_chunks != chunks:
             raise RemoteProtocolError("chunks are missing", stored=receiver.stored_chunks, sent=chunks)
         device = request.device.SerializeToString(deterministic=True)

@@ -23,6 +23,7 @@ import structlog
 
 from host.clock import now_ns
 from host.errors import HostError, JournalConflict
+from host.resources import cpu_seconds
 from host.trackers import DirtyTracker, HashTracker, UffdTracker
 from migration import commands as do
 from migration import events as told
@@ -441,7 +442,9 @@ class MigrationRun:
     def _note(self, name: str, fields: dict[str, object]) -> None:
         if name == "round_ended":
             fields |= self._wire.round_ended(self._machine.ledger, self._pages, self._peer)
-            fields["hints_reported"] = self._hint_log.ranges
+            fields["hint_ranges"] = self._hint_log.ranges
+        if name in {"round_started", "round_ended"}:
+            fields["cpu_seconds"] = cpu_seconds()  # of this process so far: what a round cost is a difference
         self._host.events.add(name, **fields)
 
     def _mark(self, part: str, *, begin: bool = False) -> None:

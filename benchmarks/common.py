@@ -1,0 +1,97 @@
+"""What the benchmarks share: series of figures, their table, and running a scenario as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(slots=True)
+class Series:
+    """Repeats of one arm: each repeat is a dict of figures."""
+
+    repeats: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, figures: dict[str, float]) -> None:
+        """One more repeat."""
+        self.repeats.append(figures)
+
+    def values(self, name: str) -> list[float]:
+        """One figure over all repeats."""
+        return [repeat[name] for repeat in self.repeats]
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Median, minimum and maximum of every figure."""
+        return {
+            name: {"median": median(values), "min": min(values), "max": max(values)}
+            for name in self.repeats[0]
+            if (values := self.values(name))
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run's result document and its history."""
+
+    result: dict[str, Any]
+    events: list[dict[str, Any]]
+
+    def event(self, name: str, **fields: object) -> dict[str, Any]:
+        """The first event of this name with these fields."""
+        for event in self.events:
+            if event["name"] == name and all(event["fields"].get(k) == v for k, v in fields.items()):
+                return event
+        raise LookupError(f"no event {name} with {fields}")
+
+
+def run_scenario_file(scenario: Path, out: Path, *options: str) -> Run:
+    """`ballast run`, in a process of its own; a run that is not valid stops the benchmark."""
+    done = subprocess.run(
+        [sys.executable, "-m", "testbed.cli", "run", str(scenario), "--out", str(out), "--json", *options],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        sys.exit(f"{scenario.name} ended with {done.returncode}:\n{done.stderr[-2000:]}\n{done.stdout[-2000:]}")
+    result = json.loads(done.stdout)
+    record = next(out.rglob("events.jsonl"))
+    return Run(result, [json.loads(line) for line in record.read_text().splitlines()])
+
+
+def machine_line() -> str:
+    """Where these figures come from, in one line."""
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{os.cpu_count()} cores, {memory_gib:.0f} GiB, Linux {platform.release()}, "
+        f"Python {platform.python_version()}, {platform.machine()}"
+    )
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """The document on stdout."""
+    print(json.dumps(document, indent=2))
+
+
+def print_table(title: str, arms: dict[str, Series]) -> None:
+    """One row an arm, one column a figure: median (min-max)."""
+    table = Table(title=title, caption=machine_line())
+    table.add_column("arm")
+    figures = list(next(iter(arms.values())).repeats[0])
+    for name in figures:
+        table.add_column(name, justify="right")
+    for arm, series in arms.items():
+        summary = series.summary()
+        cells = [f"{s['median']:.4g} ({s['min']:.4g}-{s['max']:.4g})" for s in (summary[n] for n in figures)]
+        table.add_row(arm, *cells)
+    Console().print(table)
