@@ -1,6 +1,6 @@
 """What this machine is and what it can do, found out by trying and never by looking at version numbers alone.
 
-Rule 1: a capability is probed by using it the way a run uses it; the answer is "" or a line that says why not.
+Rule 1: a capability is probed by using it the way a run uses it; the answer is "" or a line with the reason.
 Rule 2: a probe leaves nothing behind; one that could hurt this process runs in a child.
 Rule 3: a run whose scenario needs what is missing is refused before anything is started.
 """

@@ -56,22 +56,19 @@ class RunRecord:
 
     @property
     def outcome(self) -> str:
-        """What became of the migration; "failed" when nobody could say, "cancelled" before it began."""
+        """What became of the migration: "failed" when nobody could say, "cancelled" when it was not begun."""
         if self.ended is not None:
             return str(self.ended.fields["outcome"])
-        return (
-            "cancelled" if self.last("interrupted") is not None and not self.last("run_broken") else "failed"
-        )
+        return "failed" if self.last("run_cut_short") is None else "cancelled"
 
     @property
     def outcome_reason(self) -> str:
         """Why, in one line; empty when all went well."""
-        if self.ended is not None:
-            return str(self.ended.fields.get("reason") or "")
-        broken = self.last("run_broken")
-        if broken is not None:
-            return str(broken.fields["reason"])
-        return "interrupted before the migration" if self.last("interrupted") else "no outcome was recorded"
+        told = (self.ended, self.last("run_broken"), self.last("run_cut_short"))
+        reasons = [str(event.fields.get("reason") or "") for event in told if event is not None]
+        if not reasons:
+            return "the record ends without an outcome"
+        return "; ".join(reason for reason in reasons if reason)
 
     @property
     def completed(self) -> bool:

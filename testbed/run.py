@@ -1,7 +1,7 @@
 """One run from scenario to verdict.
 
 Rule 1: what this machine cannot do is refused before anything is started.
-Rule 2: everything that a run starts is undone when it ends, however it ends; then it is judged from its directory.
+Rule 2: everything that a run starts is undone when it ends, however it ends; then its directory is judged.
 Rule 3: a run that broke is a result like any other: outcome "failed", with the reason.
 """
 

@@ -22,21 +22,29 @@ SomeModel = TypeVar("SomeModel", bound=Model)
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "string": "a text", "bool": "true or false"}
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Scenario:
-    """Reads a scenario file and applies `key=value` overrides. Raises UsageError with every problem."""
+def load(path: Path, overrides: Sequence[str] = (), unnamed: Sequence[str] = ()) -> Scenario:
+    """Reads a scenario file and applies overrides, see `parse`. Raises UsageError with every problem."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UsageError(f"{path}: cannot read the scenario: {reason}") from error
     try:
-        return parse(text, default_name=path.stem, overrides=overrides)
+        return parse(text, default_name=path.stem, overrides=overrides, unnamed=unnamed)
     except UsageError as error:
         raise UsageError(*(f"{path}: {problem}" for problem in error.problems)) from None
 
 
-def parse(text: str, *, default_name: str, overrides: Sequence[str] = ()) -> Scenario:
-    """The scenario that `text` (TOML) and the overrides describe. Raises UsageError with every problem."""
+def parse(
+    text: str, *, default_name: str, overrides: Sequence[str] = (), unnamed: Sequence[str] = ()
+) -> Scenario:
+    """The scenario that `text` (TOML) and the `key=value` overrides describe.
+
+    Both kinds of override are applied; those in `unnamed` do not appear in the scenario's name.
+
+    Raises:
+        UsageError: with every problem.
+    """
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -44,11 +52,12 @@ def parse(text: str, *, default_name: str, overrides: Sequence[str] = ()) -> Sce
     document.setdefault("name", default_name)
     problems: list[str] = []
     varied: dict[str, object] = {}
-    for override in overrides:
+    for override in (*unnamed, *overrides):
         try:
             key, value = split_override(override)
             set_key(document, key, value)
-            varied[key] = value
+            if override in overrides:
+                varied[key] = value
         except UsageError as error:
             problems.extend(error.problems)
     varied.pop("name", None)

@@ -19,7 +19,7 @@ from testbed.oracle_log import RECORD, expectations
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from testbed.history import Event, History, Origin
+    from testbed.history import Event, History
     from testbed.hosts.local import LocalHost, LocalHosts
     from testbed.interrupt import Interrupt
     from testbed.run_dir import RunDir
@@ -274,8 +274,3 @@ def _cpu_seconds(pid: int) -> float:
     except psutil.NoSuchProcess:
         return 0.0
     return float(times.user + times.system)
-
-
-def owner_name(origin: Origin) -> str:
-    """How people call a host."""
-    return {"source": "the source", "dest": "the destination"}.get(origin, origin)

@@ -1,0 +1,139 @@
+"""What this machine can do, what it lacks, and for which feature that matters.
+
+Rule 1: every line was found out by trying (machine.py), and says what to do about a lack.
+Rule 2: only what local runs cannot do without makes the machine unfit.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from testbed import machine
+from testbed.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DEMO_BYTES: Final = 2 * (1 << 30) + machine.PROCESSES_BYTES
+PAGEMAP_SCAN_KERNEL: Final = (6, 7)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkup:
+    """One capability."""
+
+    name: str
+    ok: bool
+    required: bool
+    found: str
+    needed_for: str
+    remedy: str = ""
+
+
+def examine() -> list[Checkup]:
+    """Probes everything."""
+    return [_python(), _kernel(), _memfd(), _tracker(), _memory(), _sock_diag(), _docker()]
+
+
+def fit(checkups: Sequence[Checkup]) -> bool:
+    """Whether local runs are possible."""
+    return all(checkup.ok for checkup in checkups if checkup.required)
+
+
+def to_dict(checkups: Sequence[Checkup]) -> dict[str, Any]:
+    """For --json."""
+    return {
+        "schema": 1,
+        "fit": fit(checkups),
+        "machine": machine.facts(),
+        "checks": [asdict(checkup) for checkup in checkups],
+    }
+
+
+def _python() -> Checkup:
+    return Checkup(
+        "Python",
+        ok=sys.version_info >= (3, 11),
+        required=True,
+        found=platform.python_version(),
+        needed_for="everything",
+        remedy="use Python 3.11 or newer",
+    )
+
+
+def _kernel() -> Checkup:
+    release = platform.release()
+    numbers = [int(part) if part.isdecimal() else 0 for part in release.split("-")[0].split(".")[:2]]
+    linux = sys.platform == "linux"
+    new_enough = linux and tuple(numbers) >= PAGEMAP_SCAN_KERNEL
+    return Checkup(
+        "Linux >= 6.7",
+        ok=new_enough,
+        required=False,
+        found=f"{platform.system()} {release}",
+        needed_for="PAGEMAP_SCAN, the kernel's dirty tracking (skip hint or both)",
+        remedy="use a newer kernel, or tracker = 'hash' with skip none or zero",
+    )
+
+
+def _memfd() -> Checkup:
+    reason = machine.probe_memfd()
+    return Checkup(
+        "memfd",
+        ok=not reason,
+        required=True,
+        found=reason or "sealed shared memory works",
+        needed_for="guest memory",
+        remedy="run on Linux, outside a sandbox that forbids memfd_create",
+    )
+
+
+def _tracker() -> Checkup:
+    reason = machine.probe_tracker()
+    return Checkup(
+        "userfaultfd WP_ASYNC",
+        ok=not reason,
+        required=False,
+        found=reason or "a tracked write was found by PAGEMAP_SCAN",
+        needed_for="skip hint or both; fast dirty tracking",
+        remedy="be root or set vm.unprivileged_userfaultfd=1; in a container pass /dev/userfaultfd",
+    )
+
+
+def _memory() -> Checkup:
+    available = machine.available_bytes()
+    return Checkup(
+        "free memory",
+        ok=available >= DEMO_BYTES,
+        required=False,
+        found=f"{format_bytes(available)} available",
+        needed_for=f"the demo: {format_bytes(DEMO_BYTES)} for its 1 GiB guest on two hosts",
+        remedy="ballast demo --memory 256MiB",
+    )
+
+
+def _sock_diag() -> Checkup:
+    reason = machine.probe_sock_diag()
+    return Checkup(
+        "TCP_INFO (sock_diag)",
+        ok=not reason,
+        required=True,
+        found=reason or "counted one byte on loopback",
+        needed_for="bytes on the wire of local runs",
+        remedy="load the kernel modules tcp_diag and inet_diag",
+    )
+
+
+def _docker() -> Checkup:
+    engine, reason = machine.probe_docker()
+    return Checkup(
+        "Docker engine",
+        ok=not reason,
+        required=False,
+        found=f"engine {engine}" if engine else reason,
+        needed_for="hosts in containers; local runs do without",
+        remedy="start a Docker engine",
+    )

@@ -1,0 +1,136 @@
+"""What a waiting human, or a waiting program, sees while runs are under way.
+
+Rule 1: progress is told from the run's own events and changes nothing.
+Rule 2: on a terminal it is one line per run; elsewhere it is JSON lines on stderr, one per event.
+Rule 3: standard output belongs to results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+
+from testbed.units import PAGE_BYTES, format_bytes, format_ms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from testbed.history import Event
+    from testbed.run import FinishedRun
+
+
+class Display(Protocol):
+    """Shows runs under way."""
+
+    def begin(self, label: str) -> Callable[[Event], None]:
+        """A run begins; the result is told every event of it, from any thread."""
+
+    def finish(self, label: str, run: FinishedRun) -> None:
+        """The run ended."""
+
+
+class JsonLines:
+    """For programs: every event as a line."""
+
+    def begin(self, label: str) -> Callable[[Event], None]:
+        """See Display."""
+
+        def show(event: Event) -> None:
+            sys.stderr.write(json.dumps({"run": label, **event.to_dict()}, ensure_ascii=False) + "\n")
+
+        return show
+
+    def finish(self, label: str, run: FinishedRun) -> None:
+        """See Display."""
+        summary = {
+            "run": label,
+            "name": "judged",
+            "outcome": run.result.outcome,
+            "verdict": run.result.verdict,
+        }
+        sys.stderr.write(json.dumps(summary) + "\n")
+
+
+# What is happening from this event on, in a human's words.
+STEPS: Final = {
+    "run_started": "starting two hosts",
+    "node_described": "the guest boots",
+    "guest_ready": "the guest settles",
+    "migration_requested": "setting up",
+    "hints_opened": "asking the guest for its free pages",
+    "guest_paused": "switching over",
+    "prepared": "switching over",
+    "committed": "the guest runs at the destination",
+    "guest_running": "the guest runs on; both memories are hashed",
+    "guest_checked": "collecting the evidence",
+    "interrupted": "cancelling (once more: hurry)",
+    "run_broken": "taking everything down",
+}
+
+
+class TerminalLines:
+    """For people: a line with a bar per run."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def begin(self, label: str) -> Callable[[Event], None]:
+        """See Display."""
+        task = self._progress.add_task(label, total=None, step="", detail="")
+        self._tasks[label] = task
+
+        def show(event: Event) -> None:
+            fields = event.fields
+            if event.name in STEPS:
+                self._progress.update(task, step=STEPS[event.name])
+            elif event.name == "round_started":
+                total = fields["candidate_pages"]
+                self._progress.update(
+                    task, total=total or 1, completed=0, step=f"round {fields['round']}", detail=""
+                )
+            elif event.name == "progress":
+                done = fields["sent_pages"] + fields["zero_pages"] + fields["skipped_pages"]
+                detail = _speed(fields["rate_bytes_per_s"], fields["remaining_pages"])
+                self._progress.update(task, completed=done, step=f"round {fields['round']}", detail=detail)
+
+        return show
+
+    def finish(self, label: str, run: FinishedRun) -> None:
+        """See Display."""
+        result = run.result
+        mark = {"valid": "[green]✓", "invalid": "[red]✗", "unknown": "[yellow]?"}[result.verdict]
+        step = f"{mark} {result.outcome}[/] in {format_ms(result.total_ms)}"
+        self._progress.update(
+            self._tasks[label], total=1, completed=1, step=step, detail=f"proof {result.verdict}"
+        )
+
+
+@contextmanager
+def display() -> Iterator[Display]:
+    """The display that fits where stderr goes."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield JsonLines()
+        return
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(show_speed=False),
+        TextColumn("{task.fields[step]}"),
+        TextColumn("[dim]{task.fields[detail]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield TerminalLines(progress)
+
+
+def _speed(rate_bytes_per_s: float, remaining_pages: int) -> str:
+    if rate_bytes_per_s <= 0:
+        return ""
+    left_s = remaining_pages * PAGE_BYTES / rate_bytes_per_s
+    return f"{format_bytes(rate_bytes_per_s)}/s, {format_ms(left_s * 1000)} left"
