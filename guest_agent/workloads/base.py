@@ -156,7 +156,7 @@ class Pacer:
         if self._credit >= self._batch_max:
             return 0
         first_ns = int((1 - min(self._credit, 1.0)) * NS_PER_S / self._per_second)
-        return min(max(first_ns, _BATCH_NS), IDLE_NS)
+        return min(max(first_ns, _BATCH_NS), _CATCH_UP_NS_MAX // 2)
 
 
 def register_integer(name: str, registers: Mapping[str, Any], key: str) -> int:
