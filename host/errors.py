@@ -7,8 +7,6 @@ Rule 3: a guest that breaks the standard raises nothing here: it is counted wher
 
 from __future__ import annotations
 
-# ruff: noqa: N818 - the names say what happened ("the agent is lost"), as the design calls it
-
 
 class HostError(Exception):
     """Base of all errors of this package; never raised itself."""
@@ -41,6 +39,13 @@ class TrackerUnavailable(HostError):
 
 class DeviceNotReady(HostError):
     """The balloon device was asked for what needs a driver, and none is up."""
+
+
+class LoopEnded(HostError):
+    """A thread of this host was asked for something after it had been stopped, or had failed."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the thread {name!r} has ended")
 
 
 class JournalConflict(HostError):

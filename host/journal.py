@@ -32,7 +32,7 @@ __all__ = ["FINAL_STATES", "AttemptKey", "Entry", "Journal", "Role"]
 
 Role = Literal["source", "dest"]
 
-FINAL_STATES = frozenset({"ABORTED", "COMMITTED", "COMPLETED", "FORGOTTEN"})
+FINAL_STATES = frozenset({"ABORTED", "COMMITTED", "COMPLETED"})  # see migration.events.Recorded
 
 _PID_BYTES_MAX = 20  # decimal digits of the lock holder; more is not ours
 
