@@ -63,7 +63,9 @@ def run_scenario_file(scenario: Path, out: Path, *options: str) -> Run:
         text=True,
     )
     if done.returncode != 0:
-        sys.exit(f"{scenario.name} ended with {done.returncode}:\n{done.stderr[-2000:]}\n{done.stdout[-2000:]}")
+        sys.exit(
+            f"{scenario.name} ended with {done.returncode}:\n{done.stderr[-2000:]}\n{done.stdout[-2000:]}"
+        )
     result = json.loads(done.stdout)
     record = next(out.rglob("events.jsonl"))
     return Run(result, [json.loads(line) for line in record.read_text().splitlines()])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, assert_never
 import psutil
 import structlog
 
+from dest_node.page_receiver import PageReceiver
 from host.clock import now_ns
 from host.errors import AgentError, AgentLost, HostError
 from host.guest_memory import HostRam
@@ -22,7 +23,6 @@ from migration import events as told
 from migration.codec import image_digest
 from migration.dest_machine import DestMachine, DestPhase
 from migration.errors import RemoteProtocolError
-from dest_node.page_receiver import PageReceiver
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +90,11 @@ class Intake:
         """Verify, restore, record PREPARED."""
         with self._lock:
             receiver = self._receiver
-            if key == self._machine.key and receiver is not None and request.incarnation != receiver.incarnation:
+            if (
+                key == self._machine.key
+                and receiver is not None
+                and request.incarnation != receiver.incarnation
+            ):
                 raise RemoteProtocolError("Prepare names another incarnation of this memory")
             if self._machine.phase is DestPhase.RECEIVING:
                 self._prepare = request
@@ -239,7 +243,9 @@ class Intake:
         device = request.device.SerializeToString(deterministic=True)
         found = image_digest(receiver.stored_hashes, request.vcpu_state, device)
         if found != digest:
-            raise RemoteProtocolError("the image digest differs", found=f"{found:016x}", sent=f"{digest:016x}")
+            raise RemoteProtocolError(
+                "the image digest differs", found=f"{found:016x}", sent=f"{digest:016x}"
+            )
         started_ns = now_ns()
         if self._integrity == "full":
             hashes = receiver.ram.hash_pages()
@@ -262,9 +268,7 @@ class Intake:
             "poison_value": request.device.poison_value,
             "ring_bases": list(request.device.ring_bases),
         }
-        restored = self._host.guest.link.restore(
-            key.next_epoch, request.vcpu_state, device, receiver.ram.fd
-        )
+        restored = self._host.guest.link.restore(key.next_epoch, request.vcpu_state, device, receiver.ram.fd)
         if restored.image_pages != receiver.ram.pages:
             raise IntakeRefused(f"the agent mapped {restored.image_pages} of {receiver.ram.pages} pages")
 

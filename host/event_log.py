@@ -63,7 +63,8 @@ class EventLog:
         position = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: len(self._facts) > position or self._closed)
+                while len(self._facts) == position and not self._closed:
+                    self._changed.wait()
                 if len(self._facts) == position:
                     return
                 fresh = self._facts[position:]

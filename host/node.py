@@ -166,10 +166,10 @@ class NodeService(node_pb2_grpc.NodeServicer):
         return node_pb2.ShutdownReply()
 
     def _giver(self, context: grpc.ServicerContext) -> GivesGuestsAway:
-        for role in self._roles:
-            if isinstance(role, GivesGuestsAway):
-                return role
-        context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{self._host.name} has no source role")
+        givers = [role for role in self._roles if isinstance(role, GivesGuestsAway)]
+        if not givers:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{self._host.name} has no source role")
+        return givers[0]
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""The migration protocol, sans-IO: page sets, chunk codec, ledger, round decision, the two machines."""

@@ -58,7 +58,7 @@ class ToyDestination:
 class MachinePair:
     """Runs one attempt to its end. `before` is called with every source command before it is carried out."""
 
-    def __init__(  # noqa: PLR0913 - a scenario has as many knobs as it has
+    def __init__(
         self,
         pages: int = 64,
         *,
@@ -86,7 +86,7 @@ class MachinePair:
         self.guest_frozen = False
         self.hints_told_done = False
         self.hints_late = hints_late
-        self.timers: set[told.Timer] = set()
+        self.timers: dict[told.Timer, int] = {}  # -> when, in ms
         self.link_up = True
         self.now_ns = 0
         self._before = before or (lambda _pair, _command: None)
@@ -94,9 +94,7 @@ class MachinePair:
 
     def run(self, steps_max: int = 10_000) -> str:
         """Feeds events until the source machine ends; its outcome. Timers fire when nothing else happens."""
-        self.tell(
-            told.MigrationRequested(self.key, self.pages, self.skip, self.limits, hint_wait_ms=100)
-        )
+        self.tell(told.MigrationRequested(self.key, self.pages, self.skip, self.limits, hint_wait_ms=100))
         for _ in range(steps_max):
             if self.source.ended:
                 assert self.outcome is not None, "a machine that ended said how"
@@ -104,7 +102,9 @@ class MachinePair:
             if self.events:
                 self.tell(self.events.popleft())
             elif self.timers:
-                self.tell(told.TimerFired(self.timers.pop()))
+                timer = min(self.timers, key=self.timers.__getitem__)
+                del self.timers[timer]
+                self.tell(told.TimerFired(timer))
             else:
                 raise AssertionError(f"stuck in {self.source.phase.name} after {self.log[-1:]}")
         raise AssertionError(f"no end within {steps_max} steps, in {self.source.phase.name}")
@@ -148,10 +148,10 @@ class MachinePair:
                 post(told.HintsClosed(last))
             case do.EndHints():
                 self.hints_told_done = True
-            case do.ArmTimer(timer, _):
-                self.timers.add(timer)
+            case do.ArmTimer(timer, delay_ms):
+                self.timers[timer] = self.now_ns // 1_000_000 + delay_ms
             case do.DisarmTimer(timer):
-                self.timers.discard(timer)
+                self.timers.pop(timer, None)
             case do.SendPages(_, pfns):
                 self._send(pfns)
             case do.AwaitAcknowledgements():
@@ -205,9 +205,7 @@ class MachinePair:
 
     # -- the wire and the destination's shell --------------------------------------------------
 
-    def _to_dest(
-        self, event: told.DestEvent, answer: Callable[[do.Reply], told.SourceEvent] | None
-    ) -> None:
+    def _to_dest(self, event: told.DestEvent, answer: Callable[[do.Reply], told.SourceEvent] | None) -> None:
         if not self.link_up:
             self.events.append(told.PeerLost("the link is down"))
             return

@@ -5,6 +5,7 @@
 The stubs are committed; tests/core/test_stubs.py regenerates them and compares.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def generate(output: Path) -> None:
     The virtual path makes protoc see the schemas as migration/pb/*.proto, so that the generated modules
     import each other by the place where they live and not by the place of the schema.
     """
+    # protoc finds its plug-ins on PATH; ours are beside the interpreter.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     well_known = Path(grpc_tools.__file__).parent / "_proto"
     status = protoc.main(
         [

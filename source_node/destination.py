@@ -48,9 +48,7 @@ CHANNEL_OPTIONS = [
 
 def id_message(key: AttemptKey) -> migration_pb2.AttemptId:
     """The key on the wire."""
-    return migration_pb2.AttemptId(
-        migration=key.migration, attempt=key.attempt, guest_epoch=key.guest_epoch
-    )
+    return migration_pb2.AttemptId(migration=key.migration, attempt=key.attempt, guest_epoch=key.guest_epoch)
 
 
 class Destination:

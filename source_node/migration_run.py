@@ -31,7 +31,8 @@ from migration.codec import image_digest
 from migration.errors import ProtocolError
 from migration.pages import PAGE_BYTES
 from migration.pb import migration_pb2
-from migration.source_machine import SourceMachine, SourcePhase
+from migration.source_machine import SourceMachine
+from migration.source_phases import SourcePhase
 from source_node.accounting import Stopwatch
 from source_node.artefacts import write_artefacts
 from source_node.destination import Destination, id_message
@@ -264,7 +265,7 @@ class MigrationRun:
             log.exception("command_failed", command=type(command).__name__)
             self._post(told.HostFailed(f"{type(command).__name__}: {type(error).__name__}: {error}"))
 
-    def _carry_out(self, command: do.SourceCommand) -> None:  # noqa: C901, PLR0912 - one arm per order
+    def _carry_out(self, command: do.SourceCommand) -> None:  # noqa: C901, PLR0912, PLR0915 - one arm per order
         match command:
             case do.RecordState():
                 self._record(command)
@@ -468,7 +469,9 @@ class MigrationRun:
             self._tracker.stop()
         artefacts: list[str] = []
         if outcome.outcome == "completed":
-            artefacts = write_artefacts(self._host, self._ram, self._ram_reader.sent_hashes, self.order.integrity)
+            artefacts = write_artefacts(
+                self._host, self._ram, self._ram_reader.sent_hashes, self.order.integrity
+            )
         self._host.events.add("node_resources", **self._host.resources.fields())
         self._host.events.add(
             "migration_ended",

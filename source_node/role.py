@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from host.context import HostContext
     from migration.pb import node_pb2
 
-STOP_TIMEOUT_S = 30.0  # a cancelled migration resumes its guest within milliseconds; a dead peer takes longest
+STOP_TIMEOUT_S = (
+    30.0  # a cancelled migration resumes its guest within milliseconds; a dead peer takes longest
+)
 ARTEFACTS = ("source_hashes", "frames", "sent")
 INTEGRITY = ("full", "stream")
 
@@ -51,7 +53,9 @@ class SourceRole:
             )
             self._host.guest.link.resume(entry.key.guest_epoch)
             self._host.balloon.hints_done()
-            self._host.events.add("attempt_aborted", attempt=str(entry.key), reason="the source node restarted")
+            self._host.events.add(
+                "attempt_aborted", attempt=str(entry.key), reason="the source node restarted"
+            )
 
     def start_migration(self, request: node_pb2.MigrateRequest) -> None:
         """Check everything that can be checked beforehand, then begin.

@@ -10,14 +10,14 @@ from migration.dest_machine import TRANSITIONS as DEST_TRANSITIONS
 from migration.errors import LocalProtocolError, RemoteProtocolError
 from migration.identity import AttemptKey
 from migration.rounds import Limits
-from migration.source_machine import (
+from migration.source_machine import SourceMachine
+from migration.source_phases import (
     FINAL_PHASES,
     LATE_ANSWERS,
     REVERSIBLE_PHASES,
-    SourceMachine,
-    SourcePhase,
     TRANSITIONS,
     TURNED_PHASES,
+    SourcePhase,
 )
 from migration.testing import MachinePair
 
@@ -252,7 +252,9 @@ def test_every_event_that_is_not_in_the_table_is_refused(phase):
 def test_no_phase_is_a_dead_end_but_the_final_ones():
     for phase, row in TRANSITIONS.items():
         assert bool(row) != (phase in FINAL_PHASES), phase
-    reached = {SourcePhase.IDLE} | {t for row in TRANSITIONS.values() for targets in row.values() for t in targets}
+    reached = {SourcePhase.IDLE} | {
+        t for row in TRANSITIONS.values() for targets in row.values() for t in targets
+    }
     assert reached == set(SourcePhase)
 
 
