@@ -21,7 +21,7 @@ from typing import Final, Self
 
 import numpy as np
 
-from guest_agent.arrays import PAGE_BYTES, I64Array, U8Array, U64Array, expand_runs, runs_of
+from guest_agent.arrays import PAGE_BYTES, I64Array, U8Array, U64Array, distinct, expand_runs, runs_of
 from guest_agent.boot import ORDER_MAX, ORDERS, BootPage, free_map_blocks
 from guest_agent.buddy_check import find_problems
 from guest_agent.errors import OutOfMemory, RestoreError
@@ -433,7 +433,7 @@ class BuddyAllocator:
         pairs = pairs[(free_map[pairs] != 0) & (free_map[pairs + 1] != 0)]
         if not pairs.size:
             return _NONE
-        pairs = np.unique(pairs)  # both halves may be newcomers
+        pairs = distinct(pairs)  # both halves may be newcomers
         free_map[pairs] = 0
         free_map[pairs + 1] = 0
         self._count(order, pairs, -2)

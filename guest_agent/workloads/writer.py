@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from guest_agent.arrays import PAGE_BYTES, PAGE_WORDS, I64Array, U64Array
+from guest_agent.arrays import PAGE_BYTES, PAGE_WORDS, I64Array, U64Array, distinct
 from guest_agent.frames import FrameKind
 from guest_agent.oracle import Expectations
 from guest_agent.workloads.base import Guest, Pacer, Workload, problem_line, register_integer
@@ -64,7 +64,7 @@ class Writer(Workload):
         """Write the pages that are due."""
         due = self._pacer.take(now_ns)
         if due:
-            self._write(np.unique(self._chooser.draw(due)))
+            self._write(distinct(self._chooser.draw(due)))
             self.operations += due
         return self._pacer.wait_ns()
 
