@@ -142,8 +142,12 @@ def probe_docker() -> tuple[str, str]:
 
 
 def _innermost(error: BaseException) -> str:
-    """The reason under the layers that HTTP libraries put around it."""
-    while error.__context__ is not None and not isinstance(error, OSError):
-        error = error.__context__
+    """The reason under the layers that HTTP libraries put around it: as cause, context or argument."""
+    while True:
+        inner = error.__cause__ or error.__context__
+        inner = inner or next((part for part in error.args if isinstance(part, BaseException)), None)
+        if inner is None:
+            break
+        error = inner
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
     return f"no engine answers: {text}"

@@ -1,7 +1,7 @@
 """What the guest must remember, as its workloads logged it outside guest memory.
 
 Rule 1: records of both hosts are one log: first what the guest did at the source, then at the destination.
-Rule 2: of each item only the last version counts; that is what the guest is asked for.
+Rule 2: of each item only the last version is asked for; the order of versions is judged from the whole log.
 Rule 3: a torn last record (its writer was killed) is dropped.
 """
 
@@ -11,24 +11,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from guest_agent.oracle import ORACLE_RECORD
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-RECORD = np.dtype([("workload", "<u2"), ("kind", "<u2"), ("item", "<u4"), ("version", "<u8")])
-assert RECORD.itemsize == 16
+RECORD_BYTES = ORACLE_RECORD.itemsize
 
 
-def expectations(logs: Iterable[Path]) -> bytes:
-    """The last record of every (workload, kind, item) of the logs, in their order; missing logs are empty."""
-    data = b"".join(_whole_records(path) for path in logs)
-    records = np.frombuffer(data, dtype=RECORD)
+def read_logs(paths: Iterable[Path]) -> bytes:
+    """The whole records of the logs, joined in their order; a missing log is empty."""
+    return b"".join(_whole_records(path) for path in paths)
+
+
+def last_versions(log: bytes) -> bytes:
+    """The last record of every (workload, kind, item), in the order of the log."""
+    records = np.frombuffer(log, dtype=ORACLE_RECORD)
     # The first 8 bytes of a record name its item: one integer to compare instead of three.
-    keys = np.ascontiguousarray(records).view("<u8")[::2]
+    keys = records.view("<u8")[::2]
     _, from_the_end = np.unique(keys[::-1], return_index=True)
     return records[np.sort(len(records) - 1 - from_the_end)].tobytes()
 
 
 def _whole_records(path: Path) -> bytes:
     data = path.read_bytes() if path.exists() else b""
-    return data[: len(data) // RECORD.itemsize * RECORD.itemsize]
+    return data[: len(data) // RECORD_BYTES * RECORD_BYTES]

@@ -73,6 +73,20 @@ STEPS: Final = {
 }
 
 
+class Speedometer:
+    """Payload rate since the previous report."""
+
+    def __init__(self) -> None:
+        self._at_ns = 0
+        self._payload_bytes = 0
+
+    def rate_bytes_per_s(self, at_ns: int, payload_bytes: int) -> float:
+        """The rate between the last report and this one; 0 at the first."""
+        elapsed_ns, carried = at_ns - self._at_ns, payload_bytes - self._payload_bytes
+        first, self._at_ns, self._payload_bytes = not self._at_ns, at_ns, payload_bytes
+        return 0.0 if first or elapsed_ns <= 0 else carried * 1e9 / elapsed_ns
+
+
 class TerminalLines:
     """For people: a line with a bar per run."""
 
@@ -84,6 +98,7 @@ class TerminalLines:
         """See Display."""
         task = self._progress.add_task(label, total=None, step="", detail="")
         self._tasks[label] = task
+        speed = Speedometer()
 
         def show(event: Event) -> None:
             fields = event.fields
@@ -96,7 +111,8 @@ class TerminalLines:
                 )
             elif event.name == "progress":
                 done = fields["sent_pages"] + fields["zero_pages"] + fields["skipped_pages"]
-                detail = _speed(fields["rate_bytes_per_s"], fields["remaining_pages"])
+                rate = speed.rate_bytes_per_s(event.at_ns, fields["payload_bytes"])
+                detail = _speed(rate, fields["remaining_pages"])
                 self._progress.update(task, completed=done, step=f"round {fields['round']}", detail=detail)
 
         return show

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from testbed.beats import BeatArray, read_beats
 from testbed.errors import RecordError
 from testbed.history import Event, Origin
+from testbed.oracle_log import read_logs
 from testbed.run_dir import RunDir
 from testbed.scenario import Scenario
 
@@ -84,6 +85,11 @@ class RunRecord:
     def beats(self) -> dict[str, BeatArray]:
         """The beats that each host's guest agent recorded, by host."""
         return {host: read_beats(self.run_dir.artefact(f"{host}.beats")) for host in ("source", "dest")}
+
+    @cached_property
+    def oracle(self) -> bytes:
+        """What the guest logged outside its memory, whole records, the source's before the destination's."""
+        return read_logs(self.run_dir.artefact(f"{host}.oracle") for host in ("source", "dest"))
 
     def u64(self, name: str) -> U64Array | None:
         """An artefact of little-endian 64-bit words, or None."""

@@ -116,6 +116,7 @@ class Result(Part):
     setup_ms: float
     downtime_ms: float
     downtime_parts_ms: dict[str, float]
+    verify_ms: float
     guest_blackout_ms: float | None
     guest: GuestPart
     rounds: list[RoundPart]
@@ -152,6 +153,7 @@ def build(record: RunRecord, judgement: Judgement) -> Result:
         total_ms=ended.get("total_ms", 0.0),
         setup_ms=ended.get("setup_ms", 0.0),
         downtime_ms=ended.get("downtime_ms", 0.0),
+        verify_ms=ended.get("verify_ms", 0.0),
         downtime_parts_ms=ended.get("downtime_parts_ms", {}),
         guest_blackout_ms=_blackout_ms(record),
         guest=GuestPart(

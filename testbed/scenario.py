@@ -27,6 +27,7 @@ BytesPerSecond = Annotated[int, BeforeValidator(parse_rate)]
 PagesPerSecond = Annotated[int, BeforeValidator(parse_page_rate)]
 DurationMs = Annotated[int, BeforeValidator(parse_duration_ms)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Pattern = Literal["random", "sequential", "zipf"]
 
 BLOCK_BYTES: Final = 4 << 20  # the largest buddy block (order 10), the granularity of a free page hint
 MEMORY_BYTES_MIN: Final = 16 << 20  # below it boot page, rings and frame table leave no room for a workload
@@ -61,13 +62,13 @@ class Idle(Model):
 
     name: Literal["idle"]
 
-    def kept_bytes(self, memory_bytes: int) -> int:  # noqa: ARG002 - one question for every workload
+    def kept_bytes(self, memory_bytes: int) -> int:
         """Memory that this workload holds or needs at its peak and that nobody can reclaim."""
         return 0
 
 
 class Freed(Model):
-    """Fills a fraction of memory with incompressible data, keeps a part of that, frees the rest."""
+    """Fills `fraction` of memory with incompressible data, keeps `keep` of memory, frees the rest."""
 
     name: Literal["freed"]
     fraction: Fraction
@@ -86,7 +87,7 @@ class Files(Model):
     evict: Fraction = 0.0
     bytes_max: Bytes = 64 << 20
 
-    def kept_bytes(self, memory_bytes: int) -> int:  # noqa: ARG002 - one question for every workload
+    def kept_bytes(self, memory_bytes: int) -> int:
         """Nothing: cache pages are reclaimable."""
         return 0
 
@@ -97,9 +98,10 @@ class Writer(Model):
     name: Literal["writer"]
     rate: PagesPerSecond
     working_set: Bytes
-    pattern: Literal["random", "sequential", "zipf"] = "random"
+    pattern: Pattern = "random"
+    churn: Fraction = 0.0  # share of the written pages that move to fresh page frames
 
-    def kept_bytes(self, memory_bytes: int) -> int:  # noqa: ARG002 - one question for every workload
+    def kept_bytes(self, memory_bytes: int) -> int:
         """The working set."""
         return self.working_set
 
@@ -110,8 +112,10 @@ class KeyValue(Model):
     name: Literal["kv"]
     records: Annotated[int, Field(ge=1, le=50_000_000)]
     operations_per_second: Annotated[int, Field(ge=0, le=10_000_000)]
+    update_share: Fraction = 0.5  # the rest are reads
+    pattern: Pattern = "zipf"
 
-    def kept_bytes(self, memory_bytes: int) -> int:  # noqa: ARG002 - one question for every workload
+    def kept_bytes(self, memory_bytes: int) -> int:
         """The records."""
         return self.records * KV_RECORD_BYTES
 
@@ -214,14 +218,10 @@ def conflicts(
 
 
 def _memory_conflicts(guest: Guest) -> Iterator[tuple[str, str]]:
-    seen: dict[str, int] = {}
     for index, workload in enumerate(guest.workload):
-        if workload.name in seen:
-            yield (
-                f"guest.workload.{index}.name",
-                f"'{workload.name}' is also workload {seen[workload.name]}; each kind at most once",
-            )
-        seen.setdefault(workload.name, index)
+        if isinstance(workload, Freed) and workload.keep > workload.fraction:
+            problem = f"{workload.keep} of memory cannot be kept of the {workload.fraction} that are filled"
+            yield f"guest.workload.{index}.keep", problem
         if isinstance(workload, Files) and workload.bytes_max > guest.memory * WORKLOAD_SHARE_MAX:
             yield (
                 f"guest.workload.{index}.bytes_max",

@@ -14,7 +14,7 @@ import psutil
 
 from migration.pb import node_pb2
 from testbed.errors import InterruptedRunError, RunBrokenError
-from testbed.oracle_log import RECORD, expectations
+from testbed.oracle_log import RECORD_BYTES, last_versions, read_logs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -160,8 +160,8 @@ class Session:
         self._interrupt.pause_unless_hurried(self._scenario.run.run_on / 1000)
         self._note_guest(owner, "guest_ran_on")
         owner.client.pause_guest()
-        logs = [self._run_dir.artefact(f"{origin}.oracle") for origin in ("source", "dest")]
-        expected = expectations(logs)
+        logs = (self._run_dir.artefact(f"{origin}.oracle") for origin in ("source", "dest"))
+        expected = last_versions(read_logs(logs))
         checked = owner.client.check_guest(expected, CHECK_S)
         self._history.note(
             "guest_checked",
@@ -169,7 +169,7 @@ class Session:
             ok=checked.ok,
             problems=list(checked.problems),
             checked_items=checked.checked_items,
-            expected_items=len(expected) // RECORD.itemsize,
+            expected_items=len(expected) // RECORD_BYTES,
         )
 
     def _collect(self, ended: Event) -> None:

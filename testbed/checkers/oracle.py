@@ -3,24 +3,31 @@
 Rule 1: what the guest must hold was logged outside its memory, so that a consistent older image is caught.
 Rule 2: the self-check ran on the host that owns the guest, after the guest had run on there.
 Rule 3: the guest's own clock never goes back: its beat counter lives in its memory, the record does not.
-Rule 4: a self-check that looked at less than what was logged proves nothing.
+Rule 4: versions of an item rise by one, record after record, across both hosts' logs: a repetition means that
+        the guest went on from an older image, even if it has overwritten the traces since.
+Rule 5: a self-check that looked at less than what was logged proves nothing.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from guest_agent.oracle import expectations
 from testbed.verdict import Finding, invalid, unknown, valid
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from testbed.record import RunRecord
+
+ITEMS_SHOWN_MAX = 8
 
 
 def check(record: RunRecord) -> Finding:
     """Looks at the recorded self-check and at the guest's beats."""
-    rollback = _clock_went_back(record)
-    if rollback is not None:
-        return invalid(rollback)
+    rollbacks = [*_clock_went_back(record), *_versions_repeat(record)]
+    if rollbacks:
+        return invalid(*rollbacks)
     if record.outcome == "guest_lost" or record.last("migration_requested", "testbed") is None:
         return valid("the guest was lost with its host, or no migration was begun: nothing to ask")
     return _self_check(record)
@@ -43,14 +50,22 @@ def _self_check(record: RunRecord) -> Finding:
     return valid(**figures)
 
 
-def _clock_went_back(record: RunRecord) -> str | None:
+def _clock_went_back(record: RunRecord) -> Iterator[str]:
     source, dest = record.beats["source"], record.beats["dest"]
     for host, beats in (("source", source), ("destination", dest)):
         if (beats["beat"][1:] <= beats["beat"][:-1]).any():
-            return f"the guest's own clock went back while it ran at the {host}"
+            yield f"the guest's own clock went back while it ran at the {host}"
     if len(source) and len(dest) and dest["beat"][0] <= source["beat"][-1]:
-        return (
+        yield (
             f"the guest's own clock went back from beat {source['beat'][-1]} at the source "
             f"to {dest['beat'][0]} at the destination: an older image runs there"
         )
-    return None
+
+
+def _versions_repeat(record: RunRecord) -> Iterator[str]:
+    for (workload, kind), items in expectations(record.oracle).inconsistent.items():
+        shown = ", ".join(str(item) for item in items[:ITEMS_SHOWN_MAX])
+        yield (
+            f"workload {workload} wrote versions twice or left some out (kind {kind}, {len(items)} items: "
+            f"{shown}{', ...' if len(items) > ITEMS_SHOWN_MAX else ''}): it went on from an older image"
+        )
