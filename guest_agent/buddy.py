@@ -14,21 +14,18 @@ Rule 5: bulk operations work on runs and blocks; a loop over pages exists only f
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import IntEnum
-from math import isqrt
 from typing import Final, Self
 
 import numpy as np
 
-from guest_agent.arrays import PAGE_BYTES, I64Array, U8Array, U64Array, distinct, expand_runs, runs_of
+from guest_agent.arrays import I64Array, U8Array, U64Array, distinct, expand_runs, runs_of
 from guest_agent.boot import ORDER_MAX, ORDERS, BootPage, free_map_blocks
 from guest_agent.buddy_check import find_problems
 from guest_agent.errors import OutOfMemory, RestoreError
 from guest_agent.frames import FrameKind, FrameTable
 from guest_agent.ram import GuestRam
-
-DMA_PAGES: Final = 4096  # 16 MiB, as on x86; a multiple of the largest block
+from guest_agent.zones import low_watermark, zones_of
 
 # The order in which an allocation that fell short asks for memory back (FACTS section 2, hazard 11).
 PRESSURE_HELD: Final = 0
@@ -62,15 +59,6 @@ _FALLBACKS: Final = {
 _STEAL_PAGEBLOCK_ORDER: Final = ORDER_MAX // 2  # taking that much of a foreign pageblock converts all of it
 
 
-@dataclass(frozen=True, slots=True)
-class Zone:
-    """A range of page numbers that blocks never leave."""
-
-    name: str
-    pfn_first: int
-    pfn_end: int
-
-
 class _Relieving(threading.local):
     active = False
 
@@ -93,8 +81,8 @@ class BuddyAllocator:
         self.lock = threading.RLock()
         self.pages = ram.pages
         self.frames = frames
-        self.zones = _zones_of(ram.pages)
-        self.reserve_pages = _low_watermark(ram.pages)
+        self.zones = zones_of(ram.pages)
+        self.reserve_pages = low_watermark(ram.pages)
         self._hooks: list[tuple[int, PressureHook]] = []
         self._relieving = _Relieving()
         self._attach(ram, boot)
@@ -504,17 +492,6 @@ class BuddyAllocator:
             self._counts, self.free_pages = counts, free_pages
             self._cursors, self._recent = keep
             return problems
-
-
-def _zones_of(pages: int) -> tuple[Zone, ...]:
-    dma = Zone("DMA", 0, min(DMA_PAGES, pages))
-    return (dma,) if pages <= DMA_PAGES else (dma, Zone("NORMAL", DMA_PAGES, pages))
-
-
-def _low_watermark(pages: int) -> int:
-    """5/4 of Linux's min_free_kbytes (4 * sqrt(KiB of memory)), never more than 1/16 of a small guest."""
-    kibibytes = pages * PAGE_BYTES // 1024
-    return min(5 * isqrt(16 * kibibytes) // 4 * 1024 // PAGE_BYTES, pages // 16)
 
 
 def _round_up(pfn: int, order: int) -> int:

@@ -9,7 +9,7 @@ class GuestAgentError(Exception):
     """Base of the package's errors; never raised itself."""
 
 
-class OutOfMemory(GuestAgentError):  # noqa: N818 - named as kernels name it
+class OutOfMemory(GuestAgentError):
     """An allocation fell short after every pressure hook had been asked."""
 
 
@@ -25,7 +25,7 @@ class WorkloadError(GuestAgentError):
     """A workload's options are invalid, or its set-up cannot be done in this guest."""
 
 
-class OperationRefused(GuestAgentError):  # noqa: N818 - an answer to the node, who asked at the wrong time
+class OperationRefused(GuestAgentError):
     """The node asked for something that the agent's state does not allow; nothing was changed."""
 
 
@@ -33,5 +33,5 @@ class PauseTimeout(OperationRefused):
     """A guest thread did not come to a safe point in time; the guest goes on."""
 
 
-class GateShut(GuestAgentError):  # noqa: N818 - the ordinary end of a guest thread
+class GateShut(GuestAgentError):
     """The agent ends; a guest thread that meets this ends too."""
