@@ -145,8 +145,6 @@ class BuddyAllocator:
         zone = self.zones[zone_index]
         return self._maps[order][zone.pfn_first >> order : _round_up(zone.pfn_end, order)]
 
-    # ------------------------------------------------------------------ allocation
-
     def alloc(
         self,
         order: int,
@@ -346,8 +344,6 @@ class BuddyAllocator:
                 at, window = window_end, window * 2
         return np.concatenate(pieces)
 
-    # ------------------------------------------------------------------ freeing
-
     def free(self, pfn: int, order: int) -> None:
         """Give one block back and merge it with its buddies."""
         with self.lock:
@@ -433,8 +429,6 @@ class BuddyAllocator:
         for key, count in enumerate(np.bincount(keys).tolist()):
             if count:
                 self._counts[key // TYPES][order][key % TYPES] += each * count
-
-    # ------------------------------------------------------------------ pressure, walking, checking
 
     def add_pressure_hook(self, priority: int, hook: PressureHook) -> None:
         """Let an allocation that falls short ask hook(pages_wanted) -> pages_released, low priority first.
