@@ -274,7 +274,8 @@ class Intake:
 
     def _confirm(self, key: AttemptKey) -> None:
         hello = self._host.guest.hello()
-        if hello.state != "restored" or hello.guest_epoch != key.next_epoch:
+        # An image that does not run yet is of the epoch that is being given away.
+        if hello.state != "restored" or hello.guest_epoch != key.guest_epoch:
             raise IntakeRefused(f"the guest agent holds no image of {key}: it is {hello.state}")
 
     def _run_guest(self, key: AttemptKey) -> None:

@@ -22,6 +22,23 @@ class Stopwatch:
     decided_ns: int = 0
     ended_ns: int = 0
     parts_ns: dict[str, int] = field(default_factory=dict)
+    _open: dict[str, int] = field(default_factory=dict)
+
+    def begin(self, part: str, instant_ns: int) -> None:
+        """A part of the downtime begins."""
+        self._open[part] = instant_ns
+
+    def end(self, part: str, instant_ns: int) -> None:
+        """It ends; one that never began counts nothing."""
+        self.parts_ns[part] = instant_ns - self._open.pop(part, instant_ns)
+
+    def decided(self, instant_ns: int, *, verify_ns: int, resume_ns: int) -> None:
+        """COMMITTED was answered; what the destination measured itself is taken out of the calls' times."""
+        self.decided_ns = instant_ns
+        self.end("commit", instant_ns)
+        self.parts_ns |= {"verify": verify_ns, "resume": resume_ns}
+        self.parts_ns["prepare"] -= verify_ns
+        self.parts_ns["commit"] -= resume_ns
 
     def times(self) -> dict[str, object]:
         """total_ms, setup_ms, downtime_ms, verify_ms and the parts of the downtime."""

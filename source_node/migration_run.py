@@ -301,7 +301,7 @@ class MigrationRun:
             case do.SaveGuest():
                 self._save()
             case do.SendPrepare():
-                self._mark("prepare", begin=True)
+                self._watch.begin("prepare", now_ns())
                 self._peer.prepare(self._prepare)
             case do.SendCommit(_, digest):
                 self._peer.commit(digest)
@@ -329,8 +329,8 @@ class MigrationRun:
         elif state is told.Recorded.COMPLETED:
             journal.move(key, "source", {"COMMITTING"}, state.value, detail=command.reason)
         elif state is told.Recorded.COMMITTING:
-            self._mark("prepare")
-            self._mark("commit", begin=True)
+            self._watch.end("prepare", now_ns())
+            self._watch.begin("commit", now_ns())
             digest = self._prepare.image_digest
             detail = self.order.dest_address
             journal.move(key, "source", {"STARTED"}, state.value, digest=digest, detail=detail)
@@ -370,7 +370,7 @@ class MigrationRun:
         duration_ns = now_ns() - started_ns
         if self._machine.phase is SourcePhase.FINAL_HARVESTING:
             self._watch.parts_ns["harvest"] = duration_ns
-            self._mark("send", begin=True)
+            self._watch.begin("send", now_ns())
         self._host.events.add(
             "harvested", duration_ms=duration_ns / 1e6, dirty_pages=int(np.count_nonzero(dirty))
         )
@@ -383,15 +383,15 @@ class MigrationRun:
 
     def _pause(self) -> None:
         self._watch.pause_ordered_ns = now_ns()
-        self._mark("pause", begin=True)
+        self._watch.begin("pause", now_ns())
         self._host.guest.link.pause()
-        self._mark("pause")
+        self._watch.end("pause", now_ns())
         self._host.events.add("guest_paused", downtime_starts_ns=self._watch.pause_ordered_ns)
         self._post(told.GuestPaused())
 
     def _save(self) -> None:
-        self._mark("send")
-        self._mark("save", begin=True)
+        self._watch.end("send", now_ns())
+        self._watch.begin("save", now_ns())
         vcpu_state = self._host.guest.link.save()
         device = self._host.balloon.device_state()
         if not self._pages.close(STREAM_CLOSE_TIMEOUT_S):
@@ -420,17 +420,12 @@ class MigrationRun:
                 data_pages=sent.sent_pages, zero_pages=sent.zero_pages, skipped_pages=sent.skipped_pages
             ),
         )
-        self._mark("save")
+        self._watch.end("save", now_ns())
         self._post(told.GuestSaved(digest))
 
     def _given_away(self) -> None:
-        self._watch.decided_ns = now_ns()
-        self._mark("commit")
-        parts = self._watch.parts_ns
-        parts["verify"] = self._peer.verify_ns
-        parts["prepare"] -= self._peer.verify_ns
-        parts["resume"] = self._peer.resume_ns
-        parts["commit"] -= self._peer.resume_ns
+        peer = self._peer
+        self._watch.decided(now_ns(), verify_ns=peer.verify_ns, resume_ns=peer.resume_ns)
         self._host.guest.link.freeze()
         self._host.events.add("committed")
 
@@ -447,11 +442,6 @@ class MigrationRun:
         if name in {"round_started", "round_ended"}:
             fields["cpu_seconds"] = cpu_seconds()  # of this process so far: what a round cost is a difference
         self._host.events.add(name, **fields)
-
-    def _mark(self, part: str, *, begin: bool = False) -> None:
-        """Begin or end one part of the downtime."""
-        parts = self._watch.parts_ns
-        parts[part] = now_ns() - (0 if begin else parts.get(part, now_ns()))
 
     # -- the end -------------------------------------------------------------------------------
 
