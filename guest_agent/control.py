@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["ControlServer", "Reply", "Request"]
 
 SEND_S_MAX = 1.0
+WAKE_BYTES = 4096
 NOTIFICATIONS_MAX = 64  # unread news of a node that does not come back; `hello` tells the state anyway
 
 
@@ -78,7 +79,8 @@ class ControlServer:
         self._handle = handle
         self._log = structlog.get_logger(component="control")
         self._notifications: deque[bytes] = deque(maxlen=NOTIFICATIONS_MAX)
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # A pipe and not an eventfd: `signal.set_wakeup_fd` writes single bytes.
+        self._wake_fd, self.wake_write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._connection: socket.socket | None = None
         self._listener = _listen(path)
 
@@ -89,7 +91,8 @@ class ControlServer:
 
     def wake(self) -> None:
         """Make `serve` look at `keep_going` again; from any thread or signal handler."""
-        os.eventfd_write(self._wake_fd, 1)
+        with contextlib.suppress(BlockingIOError):  # full: it will wake up anyway
+            os.write(self.wake_write_fd, b"w")
 
     def serve(self, keep_going: Callable[[], bool]) -> None:
         """Serve until `keep_going` says no; it is asked after every operation and every `wake`."""
@@ -101,7 +104,7 @@ class ControlServer:
                 watched.register(self._connection.fileno(), select.POLLIN)
             ready = {fd for fd, _ in watched.poll()}
             if self._wake_fd in ready:
-                os.eventfd_read(self._wake_fd)
+                os.read(self._wake_fd, WAKE_BYTES)
                 self._send_notifications()
             if self._connection is not None and self._connection.fileno() in ready:
                 self._serve_one(self._connection)
@@ -114,6 +117,7 @@ class ControlServer:
         self._drop()
         self._listener.close()
         os.close(self._wake_fd)
+        os.close(self.wake_write_fd)
         self._path.unlink(missing_ok=True)
 
     def _accept(self) -> None:

@@ -1,0 +1,210 @@
+"""Free page hints, the merged Linux way: allocate the largest blocks, tell the host, hold them until DONE.
+
+Rule 1: a report is the current id in an out-buffer, one in-buffer per held block, then STOP in an out-buffer.
+        An id is sent once; a report that the host ends early still ends with STOP (virtio 1.2, 5.5.6.5.1).
+Rule 2: hinted blocks stay held (kind HELD) until DONE: using them in mid-migration would dirty them. Under memory
+        pressure they are given back at once, even if the host has not looked at them yet.
+Rule 3: one descriptor is kept for the id: STOP can always be sent. Linux drops a block when the ring is full;
+        here the report waits for room, for a bounded time: a dropped block is 4 MiB sent for nothing.
+Rule 4: held blocks are found in the frame table, not in a list: a restored guest finds them again.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from guest_agent.errors import RestoreError
+from guest_agent.frames import OWNER_HINT, FrameKind
+from virtio.balloon import CMD_ID_BYTES, CMD_ID_STOP
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from guest_agent.arrays import U64Array
+    from guest_agent.buddy import BuddyAllocator
+    from guest_agent.frames import FrameTable
+    from guest_agent.ring_area import RingArea
+    from virtio.split_ring import DriverRing
+
+__all__ = ["HINT_ORDER", "HintReport", "Phase"]
+
+HINT_ORDER = 10  # Linux hints MAX_ORDER blocks only: 4 MiB on x86
+BLOCK_PAGES = 1 << HINT_ORDER
+BLOCK_BYTES = BLOCK_PAGES << 12
+BATCH_BLOCKS = 128  # per kick: the device works on one batch while the next is allocated
+RESERVED_DESCRIPTORS = 1  # for STOP
+ROOM_WAIT_S_MAX = 0.05  # a device that takes nothing for so long costs the rest of the report, not more
+GIVE_BACK_BLOCKS_MIN = 8  # 32 MiB: pressure that comes for one page will come for more
+START_TOKEN, STOP_TOKEN = "start", "stop"
+COMMAND_SLOTS = {START_TOKEN: 0, STOP_TOKEN: 1}
+
+
+class Phase(StrEnum):
+    """Where a report stands."""
+
+    IDLE = "idle"  # none is open
+    OPENING = "opening"  # the id is still to be sent
+    SENDING = "sending"  # blocks are being hinted
+    CLOSING = "closing"  # STOP is still to be sent
+
+
+class HintReport:
+    """One report at a time. All methods but `give_back` belong to whoever holds the balloon's lock."""
+
+    def __init__(
+        self,
+        *,
+        ring: DriverRing,
+        area: RingArea,
+        memory: memoryview,
+        frames: FrameTable,
+        buddy: BuddyAllocator,
+        kick: Callable[[], None],
+    ) -> None:
+        self._ring = ring
+        self._area = area
+        self._memory = memory
+        self._frames = frames
+        self._buddy = buddy
+        self._kick = kick
+        self._phase = Phase.IDLE
+        self._command_id = CMD_ID_STOP
+        self._ended: int | None = None  # id of a report that came to its end and was not asked about yet
+        self._commands_in_flight: set[str] = set()
+        self._blocks_left = 0
+        self._found_room = True
+
+    @property
+    def held_pages(self) -> int:
+        """Pages hinted and held until DONE."""
+        return int(self._held_heads().size) * BLOCK_PAGES
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a report is under way."""
+        return self._phase is not Phase.IDLE
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would get on now, without the device returning anything first."""
+        return self.is_open and self._found_room
+
+    def start(self, command_id: int) -> None:
+        """Open a report under an id that was not reported yet."""
+        assert not self.is_open, self._phase
+        self._phase = Phase.OPENING
+        self._command_id = command_id
+        # Blocks given back under pressure may be hinted again, but a report must come to an end.
+        self._blocks_left = 2 * (self._frames.pages >> HINT_ORDER)
+
+    def end(self) -> None:
+        """The host wants no more, or gives no room: go on to STOP. An id that was not sent needs none."""
+        if self._phase is Phase.OPENING:
+            self._finish()
+        elif self._phase is Phase.SENDING:
+            self._phase = Phase.CLOSING
+
+    def take_ended(self) -> int | None:
+        """The id of the report that ended since the last call, once its STOP is on the queue."""
+        ended, self._ended = self._ended, None
+        return ended
+
+    def release(self) -> int:
+        """DONE: give all held blocks back to the guest; number of pages."""
+        return self.give_back(self._frames.pages)
+
+    def give_back(self, pages_wanted: int) -> int:
+        """Give held blocks back, at least as many pages as wanted if there are so many; number of pages.
+
+        Safe on any thread: it takes only the allocator's lock.
+        """
+        with self._buddy.lock:
+            blocks = max(-(-pages_wanted // BLOCK_PAGES), GIVE_BACK_BLOCKS_MIN)
+            heads = self._held_heads()[-blocks:]  # highest first: low memory is scarcer
+            if heads.size:
+                self._buddy.free_blocks(heads, HINT_ORDER)
+            return int(heads.size) * BLOCK_PAGES
+
+    def step(self) -> bool:
+        """One bounded piece of the report; whether anything was sent or came back."""
+        moved = self.settle()
+        match self._phase:
+            case Phase.OPENING:
+                self._found_room = self._send_command(START_TOKEN, self._command_id)
+                if self._found_room:
+                    self._phase = Phase.SENDING
+            case Phase.SENDING:
+                self._found_room = self._send_blocks()
+            case Phase.CLOSING:
+                self._found_room = self._send_command(STOP_TOKEN, CMD_ID_STOP)
+                if self._found_room:
+                    self._finish()
+            case Phase.IDLE:
+                self._found_room = False
+        return moved or self._found_room
+
+    def settle(self) -> bool:
+        """Take back what the device used; whether it used anything."""
+        used = self._ring.used()
+        for buffer in used:
+            if isinstance(buffer.token, str):
+                self._commands_in_flight.discard(buffer.token)
+        return bool(used)
+
+    def save(self) -> dict[str, Any]:
+        """What RAM does not say. A report under way ends here: the next host's device never saw it begin."""
+        return {"commands_in_flight": sorted(self._commands_in_flight)}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over what `save` gave.
+
+        Raises:
+            RestoreError: the saved report is malformed.
+        """
+        in_flight = saved.get("commands_in_flight")
+        if not isinstance(in_flight, list) or not COMMAND_SLOTS.keys() >= set(map(str, in_flight)):
+            raise RestoreError(f"saved hint report is malformed: {saved!r}"[:200])
+        self._commands_in_flight = set(in_flight)
+
+    def _finish(self) -> None:
+        self._phase, self._ended = Phase.IDLE, self._command_id
+
+    def _held_heads(self) -> U64Array:
+        """First pages of all held blocks, ascending: blocks of the largest order start at its multiples."""
+        owners = self._frames.owner[::BLOCK_PAGES]
+        return (np.flatnonzero(owners == OWNER_HINT) * BLOCK_PAGES).astype(np.uint64)
+
+    def _send_command(self, token: str, value: int) -> bool:
+        """Queue a command id; False when its buffer or the ring is still busy."""
+        if token in self._commands_in_flight or self._ring.free_descriptors < 1:
+            return False
+        address = self._area.command_slot(COMMAND_SLOTS[token])
+        self._memory[address : address + CMD_ID_BYTES] = value.to_bytes(CMD_ID_BYTES, "little")
+        self._ring.add([(address, CMD_ID_BYTES)], [], token)
+        self._commands_in_flight.add(token)
+        self._publish()
+        return True
+
+    def _send_blocks(self) -> bool:
+        """Allocate and queue one batch, or go on to STOP when there are no blocks; False: the ring is full."""
+        room = min(self._ring.free_descriptors - RESERVED_DESCRIPTORS, BATCH_BLOCKS)
+        if room <= 0:
+            return False
+        count = min(room, self._blocks_left)
+        heads = self._buddy.alloc_blocks(HINT_ORDER, count, kind=FrameKind.HELD, owner=OWNER_HINT)
+        if not heads.size:
+            self._phase = Phase.CLOSING
+            return True
+        self._blocks_left -= int(heads.size)
+        lengths = np.full(heads.size, BLOCK_BYTES, dtype=np.uint32)
+        added = self._ring.add_inbufs(heads << np.uint64(12), lengths, reserve=RESERVED_DESCRIPTORS)
+        assert added == heads.size, (added, heads.size)
+        self._publish()
+        return True
+
+    def _publish(self) -> None:
+        if self._ring.publish():
+            self._kick()

@@ -1,0 +1,94 @@
+"""Ballooning by arrays of page frame numbers: one direction's queue and its buffers.
+
+Rule 1: a buffer holds up to 256 little-endian 32-bit page numbers and belongs to the device until it is used.
+Rule 2: what is in flight is a slot number and a count; the page numbers stay in guest RAM, where a restored
+        guest finds them again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from guest_agent.errors import RestoreError
+from guest_agent.ring_area import ARRAY_SLOTS
+from virtio.balloon import PFN_ARRAY_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from guest_agent.arrays import U32Array, U64Array
+    from guest_agent.ring_area import RingArea
+    from virtio.split_ring import DriverRing
+
+__all__ = ["PfnArrays"]
+
+PFN_BYTES = 4
+
+
+class PfnArrays:
+    """The inflate or the deflate queue. Belongs to whoever holds the balloon's lock."""
+
+    def __init__(
+        self, queue: int, ring: DriverRing, area: RingArea, memory: memoryview, kick: Callable[[], None]
+    ) -> None:
+        self._ring = ring
+        self._kick = kick
+        first = area.array_slot(queue, 0)
+        # All buffers of the queue are neighbours: one view, a row for each.
+        flat = np.frombuffer(memory, dtype="<u4", count=ARRAY_SLOTS * PFN_ARRAY_MAX, offset=first)
+        self._arrays: U32Array = flat.reshape(ARRAY_SLOTS, PFN_ARRAY_MAX)
+        self._addresses = [area.array_slot(queue, slot) for slot in range(ARRAY_SLOTS)]
+        self._counts = [0] * ARRAY_SLOTS  # pages in flight by slot; 0: the slot is free
+
+    @property
+    def room_pages(self) -> int:
+        """Pages that can be sent now."""
+        return min(self._counts.count(0), self._ring.free_descriptors) * PFN_ARRAY_MAX
+
+    @property
+    def pages_in_flight(self) -> int:
+        """Pages sent and not yet used by the device."""
+        return sum(self._counts)
+
+    def send(self, pfns: U64Array) -> None:
+        """Send page numbers, at most `room_pages` of them."""
+        assert pfns.size <= self.room_pages, (pfns.size, self.room_pages)
+        for start in range(0, pfns.size, PFN_ARRAY_MAX):
+            part = pfns[start : start + PFN_ARRAY_MAX]
+            slot = self._counts.index(0)
+            self._arrays[slot, : part.size] = part
+            self._ring.add([(self._addresses[slot], PFN_BYTES * int(part.size))], [], slot)
+            self._counts[slot] = int(part.size)
+        if self._ring.publish():
+            self._kick()
+
+    def take_used(self) -> U64Array:
+        """Page numbers that the device has acknowledged since the last call."""
+        done = []
+        for buffer in self._ring.used():
+            slot = buffer.token
+            assert isinstance(slot, int), buffer
+            done.append(self._arrays[slot, : self._counts[slot]].astype(np.uint64))
+            self._counts[slot] = 0
+        return np.concatenate(done) if done else np.empty(0, dtype=np.uint64)
+
+    def save(self) -> dict[str, Any]:
+        """Counts in flight by slot."""
+        return {"counts": list(self._counts)}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over what `save` gave.
+
+        Raises:
+            RestoreError: not ARRAY_SLOTS counts of 0..256.
+        """
+        counts = saved.get("counts")
+        if (
+            not isinstance(counts, list)
+            or len(counts) != ARRAY_SLOTS
+            or not all(type(count) is int and 0 <= count <= PFN_ARRAY_MAX for count in counts)
+        ):
+            raise RestoreError(f"saved page arrays in flight are malformed: {counts!r}"[:200])
+        self._counts = counts
