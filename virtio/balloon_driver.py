@@ -47,7 +47,7 @@ class ConfigChanged:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """The hands put this many pages on the queue of an `InflatePfns` or `DeflatePfns`, maybe fewer than asked."""
+    """The hands put this many pages of an inflation or deflation on its queue, maybe fewer than asked."""
 
     queue: int
     pages: int
