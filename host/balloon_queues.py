@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import mmap
 import os
-import time
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from host.clock import now_ns
 from host.guest_memory import punch_hole
 from migration.pages import PAGE_BYTES, runs_of
 from virtio.balloon import (
@@ -98,6 +99,8 @@ class BalloonQueues:
         self.command_id = 0  # the one issued last
         self.inflated_pages = 0
         self.deflated_pages = 0
+        self.quiet = threading.Event()  # no ring is served; other threads may wait for it
+        self.quiet.set()
         self._log = log
         self._sink = sink
         self._fd = -1
@@ -175,6 +178,7 @@ class BalloonQueues:
             event_idx=has(features, F_RING_EVENT_IDX),
             indirect=has(features, F_RING_INDIRECT_DESC),
         )
+        self.quiet.clear()
         self._served[order.index] = _Served(ring, order.kick_fd, order.call_fd, order.err_fd)
         _unblock(order.kick_fd, order.call_fd, order.err_fd)
 
@@ -199,6 +203,8 @@ class BalloonQueues:
             self.bases[index] = served.ring.next_avail
             self._log.add_stores(served.ring.take_stores())
             served.ring.close()
+        if not self._served:
+            self.quiet.set()
         return self.bases[index]
 
     # --- work -------------------------------------------------------------------------------------
@@ -299,7 +305,7 @@ class BalloonQueues:
             page_count=np.ascontiguousarray(runs[:, 1]),
             stale_pages=sum(event.pages for event in events if isinstance(event, StaleRange)),
             rejected_ranges=sum(isinstance(event, RejectedRange) for event in events),
-            at_ns=time.monotonic_ns(),
+            at_ns=now_ns(),
         )
 
     def _signal(self, fd: int) -> None:

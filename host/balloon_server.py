@@ -17,46 +17,29 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import threading
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, assert_never
+from typing import TYPE_CHECKING, Protocol
 
 from host.balloon_queues import BalloonQueues, HintBatch
-from host.call_loop import READ, WRITE, CallLoop
-from host.descriptors import close_all
+from host.call_loop import READ, CallLoop
 from host.errors import DeviceNotReady, LoopEnded
-from host.vhost_socket import Outgoing, PeerGone, VhostSocket
+from host.vhost_connection import VhostConnection
 from virtio.balloon import F_FREE_PAGE_HINT, QUEUE_DEFLATE, QUEUE_HINT, QUEUE_INFLATE, has
 from virtio.balloon_device import FEATURES_DEFAULT, BalloonDevice
 from virtio.balloon_device import DeviceState as SavedDevice
-from virtio.errors import GuestProtocolError, LocalProtocolError, VhostUserError
-from virtio.vhost_user import (
-    BackendChannel,
-    BackendSession,
-    CloseFds,
-    ConfigWritten,
-    FeaturesSet,
-    MapRegion,
-    Reply,
-    RingFdsChanged,
-    StartRing,
-    StopRing,
-)
+from virtio.errors import LocalProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from host.device_log import DeviceLog
-    from virtio.vhost_user import Effect
 
 __all__ = ["BalloonServer", "DeviceState", "DeviceStatus", "HintBatch"]
 
 PAGES_UNKNOWN = 1 << 32  # before a guest shared its RAM: as many as page frame numbers can name
-MESSAGES_PER_TURN_MAX = 64  # then other descriptors have their turn
-PASSES_PER_TURN_MAX = 4
 DRAIN_PASSES_MAX = 64  # 64 rings full: an honest report ends long before
 QUIET_S_MAX = 10.0
 
@@ -130,20 +113,19 @@ class BalloonServer:
         self._queues = BalloonQueues(self._device, log, sink)
         self._loop = CallLoop("balloon-device")
         self._listener: socket.socket | None = None
-        self._front_end: VhostSocket | None = None
-        self._session: BackendSession | None = None
-        self._channel: socket.socket | None = None
-        self._announcements: Outgoing | None = None
+        self._connection: VhostConnection | None = None
         self._done_owed = False
         self._connection_errors: Counter[str] = Counter()
-        self._quiet = threading.Event()  # no ring runs
-        self._quiet.set()
 
     # --- life -------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Listen and serve. Raises OSError when the path cannot be used or another device listens there."""
-        self._listener = listen(self.socket_path)
+        try:
+            self._listener = listen(self.socket_path)
+        except BaseException:
+            self._loop.stop()
+            raise
         self._loop.watch(self._listener.fileno(), READ, self._accept)
         self._loop.start()
 
@@ -218,14 +200,14 @@ class BalloonServer:
         Raises:
             DeviceNotReady: rings still run after `timeout` seconds.
         """
-        if not self._quiet.wait(timeout):
+        if not self._queues.quiet.wait(timeout):
             raise DeviceNotReady(f"the balloon's rings still run after {timeout:g} s")
 
     # --- the same, on the device's thread ---------------------------------------------------------
 
     def _ready(self) -> bool:
-        wanted = {QUEUE_INFLATE, QUEUE_DEFLATE}
-        return self._announcements is not None and wanted <= self._queues.running
+        heard = self._connection is not None and self._connection.hears_announcements
+        return heard and self._queues.running >= {QUEUE_INFLATE, QUEUE_DEFLATE}
 
     def _open_hints(self) -> int:
         if not self._ready() or QUEUE_HINT not in self._queues.running:
@@ -286,7 +268,7 @@ class BalloonServer:
         )
 
     def _adopt(self, state: CarriesDeviceState) -> None:
-        if self._front_end is not None:
+        if self._connection is not None:
             raise DeviceNotReady("a guest is connected; its device cannot become another's")
         self._device.pages = PAGES_UNKNOWN
         self._device.restore(
@@ -301,17 +283,6 @@ class BalloonServer:
         )
         self._done_owed = state.hints_open
 
-    def _announce(self) -> None:
-        """Tell the guest that the configuration space changed; it reads it when it likes."""
-        if self._announcements is None or self._session is None:
-            return
-        try:
-            self._announcements.send(self._session.config_changed())
-        except PeerGone:
-            self._drop_channel()
-        else:
-            self._watch_channel()
-
     # --- connections ------------------------------------------------------------------------------
 
     def _accept(self) -> None:
@@ -321,181 +292,23 @@ class BalloonServer:
         except (BlockingIOError, ConnectionAbortedError):
             return  # gone before it was served
         self._drop()
-        self._front_end = VhostSocket(connection)
-        self._session = BackendSession(self._device.features_offered, self._device.read_config)
-        self._loop.watch(self._front_end.fileno(), READ, self._front_end_ready)
+        self._connection = VhostConnection(connection, self._loop, self._queues, self._gone)
 
-    def _front_end_ready(self) -> None:
-        try:
-            self._receive_messages()
-        except PeerGone:
-            self._drop()
-        except (VhostUserError, GuestProtocolError) as error:
-            self._connection_errors[error.kind] += 1
-            self._drop()
-
-    def _receive_messages(self) -> None:
-        for _ in range(MESSAGES_PER_TURN_MAX):
-            front_end, session = self._front_end, self._session
-            assert front_end is not None
-            assert session is not None
-            front_end.outgoing.flush()
-            if front_end.outgoing.waiting:
-                break  # read on when it has read (rule 1)
-            message = front_end.receive()
-            if message is None:
-                break
-            self._carry_out(session.feed(message), session)
-        waiting = self._front_end is not None and self._front_end.outgoing.waiting
-        if self._front_end is not None:
-            events = WRITE if waiting else READ
-            self._loop.watch(self._front_end.fileno(), events, self._front_end_ready)
+    def _gone(self, kind: str) -> None:
+        if kind:
+            self._connection_errors[kind] += 1
+        self._drop()
 
     def _drop(self) -> None:
-        """The front-end is gone, or will be: stop its rings, close everything it gave us. Idempotent."""
-        session, self._session = self._session, None
-        front_end, self._front_end = self._front_end, None
-        self._drop_channel()
-        if session is not None:
-            for effect in session.disconnected():
-                if isinstance(effect, StopRing):
-                    self._stop_ring(effect.index)
-                elif isinstance(effect, CloseFds):
-                    close_all(effect.fds)
-        if front_end is not None:
-            self._loop.unwatch(front_end.fileno())
-            front_end.close()
+        """End the connection, if there is one; the device stays as it is."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
         self._queues.unmap()
 
-    def _drop_channel(self) -> None:
-        channel, self._channel, self._announcements = self._channel, None, None
-        if channel is not None:
-            self._loop.unwatch(channel.fileno())
-            channel.close()
-
-    def _take_channel(self, fd: int) -> None:
-        self._drop_channel()
-        try:
-            self._channel = socket.socket(fileno=fd)
-        except OSError as error:
-            os.close(fd)
-            raise VhostUserError("backend_fd", "the back-end channel is no socket") from error
-        self._channel.setblocking(False)
-        self._announcements = Outgoing(self._channel)
-        self._watch_channel()
-
-    def _watch_channel(self) -> None:
-        assert self._channel is not None
-        assert self._announcements is not None
-        events = READ | WRITE if self._announcements.waiting else READ
-        self._loop.watch(self._channel.fileno(), events, self._channel_ready)
-
-    def _channel_ready(self) -> None:
-        """The front-end closed its end, sent what we never ask for, or has room again."""
-        assert self._channel is not None
-        assert self._announcements is not None
-        try:
-            if not self._channel.recv(4096):  # we ask for no replies: what comes is read and dropped
-                raise PeerGone("closed by the peer")
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._drop_channel()
-            return
-        try:
-            self._announcements.flush()
-        except PeerGone:
-            self._drop_channel()
-        else:
-            self._watch_channel()
-
-    # --- effects ----------------------------------------------------------------------------------
-
-    def _carry_out(self, effects: Sequence[Effect], session: BackendSession) -> None:
-        """Do what the session says, in order. What a failing effect leaves undone, `_drop` closes."""
-        remaining = list(effects)
-        try:
-            while remaining:
-                remaining[1:1] = self._do(remaining[0], session)
-                del remaining[0]
-        except BaseException:
-            for effect in remaining[1:]:
-                if isinstance(effect, CloseFds):
-                    close_all(effect.fds)
-                elif isinstance(effect, MapRegion | BackendChannel):
-                    os.close(effect.fd)
-            raise
-
-    def _do(self, effect: Effect, session: BackendSession) -> Sequence[Effect]:
-        """One effect; returns what follows from it, to be done next."""
-        match effect:
-            case Reply():
-                assert self._front_end is not None
-                self._front_end.outgoing.send(effect.data)
-            case MapRegion():
-                self._queues.map_region(effect.fd, effect.guest_address, effect.size)
-            case FeaturesSet():
-                self._device.negotiate(effect.features)
-            case StartRing():
-                self._start_ring(effect)
-            case RingFdsChanged():
-                self._loop.unwatch(self._queues.kick_fd(effect.index))
-                self._queues.change_fds(effect)
-                self._watch_kick(effect.index)
-            case StopRing():
-                return session.ring_stopped(effect.index, self._stop_ring(effect.index))
-            case ConfigWritten():
-                self._device.write_config(effect.offset, effect.data)
-            case BackendChannel():
-                self._take_channel(effect.fd)
-            case CloseFds():
-                close_all(effect.fds)
-            case _ as never:
-                assert_never(never)
-        return ()
-
-    # --- rings ------------------------------------------------------------------------------------
-
-    def _start_ring(self, order: StartRing) -> None:
-        self._queues.start(order)
-        self._quiet.clear()
-        self._watch_kick(order.index)
-        self._serve(order.index)  # chains may wait whose kick went to a device before us
-
-    def _stop_ring(self, index: int) -> int:
-        if index in self._queues.running:
-            self._loop.unwatch(self._queues.kick_fd(index))
-        base = self._queues.stop(index)
-        if not self._queues.running:
-            self._quiet.set()
-        return base
-
-    def _watch_kick(self, index: int) -> None:
-        try:
-            self._loop.watch(self._queues.kick_fd(index), READ, partial(self._kicked, index))
-        except OSError as error:
-            raise VhostUserError("ring_fd", f"ring {index}'s kick cannot be waited for") from error
-
-    def _kicked(self, index: int) -> None:
-        fd = self._queues.kick_fd(index)
-        try:
-            alive = bool(os.read(fd, 4096))
-        except BlockingIOError:
-            return
-        except OSError:
-            alive = False
-        if not alive:  # a pipe whose writer is gone would be ready for ever
-            self._loop.unwatch(fd)
-        self._serve(index)
-
-    def _serve(self, index: int) -> None:
-        for _ in range(PASSES_PER_TURN_MAX):
-            if not self._queues.serve(index):
-                break
-        else:
-            self._loop.soon(index, partial(self._serve, index))
-        if self._queues.broken(index):
-            self._loop.unwatch(self._queues.kick_fd(index))
+    def _announce(self) -> None:
+        if self._connection is not None:
+            self._connection.announce()
 
 
 def listen(path: str) -> socket.socket:
