@@ -122,8 +122,8 @@ class HostRam:
 
         `populated` says which pages may be touched; a page that it calls a hole is not read at all.
 
-        Measured: np.take is at least as fast as copying run by run at every run length (21 GB/s against
-        6..21 GB/s out of a warm mapping), so there is one way.
+        Measured over 1 GiB out of a warm mapping: np.take 7 to 10 GB/s at every run length, copying run by
+        run 3 (single pages) to 6 GB/s, pread 2.6 to 6 GB/s. So there is one way.
         """
         if len(pfns) == 0:
             return
