@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from host.balloon_server import BalloonServer, DeviceState
 from host.device_log import DeviceLog
@@ -554,6 +556,52 @@ def test_garbage_costs_the_connection_and_is_counted(host):
     guest = Guest(host.path)
     assert host.server.status().ready
     guest.close()
+
+
+NUMBERS = st.one_of(st.integers(0, 6), st.sampled_from([256, 4096, 2**31, 2**32 - 1, 2**63, 2**64 - 1]))
+PLAUSIBLE = st.builds(
+    lambda request, flags, layout, numbers, cut, fds: (
+        Message(
+            request,
+            flags,
+            struct.pack(
+                layout, *(n % 2**32 if c == "I" else n for c, n in zip(layout[1:], numbers, strict=False))
+            ),
+        ).to_bytes()[: -cut or None],
+        fds,
+    ),
+    st.one_of(st.sampled_from(list(Request)), st.integers(0, 45)),
+    st.sampled_from([1, 1, 1, 9, 5]),
+    st.sampled_from(["<", "<Q", "<II", "<IIQQQQ", "<IIQQQQ", "<III", "<IIII"]),
+    st.lists(NUMBERS, min_size=6, max_size=6),
+    st.sampled_from([0] * 9 + [1]),
+    st.lists(st.sampled_from(["memory", "eventfd", "socket"]), max_size=2),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=st.lists(PLAUSIBLE, max_size=12))
+def test_no_sequence_of_messages_ends_the_device(host, messages):
+    """Whatever comes: at worst the connection is dropped; the device answers, and no descriptor is left."""
+    before = open_fds()
+    ours, theirs = socket.socketpair()
+    fds = {
+        "memory": os.memfd_create("ram"),
+        "eventfd": os.eventfd(0, os.EFD_NONBLOCK),
+        "socket": theirs.fileno(),
+    }
+    os.ftruncate(fds["memory"], 16 * PAGE_BYTES)
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as wild:
+        wild.connect(str(host.path))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for data, names in messages:
+                socket.send_fds(wild, [data], [fds[name] for name in names])
+        host.server.status()
+    for closing in (ours, theirs):
+        closing.close()
+    os.close(fds["memory"])
+    os.close(fds["eventfd"])
+    wait_for(lambda: host.server.status() and open_fds() == before)
 
 
 def test_a_message_in_single_bytes_is_a_message(host):
