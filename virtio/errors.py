@@ -17,7 +17,7 @@ class LocalProtocolError(VirtioError):
     """This process asked for something illegal."""
 
 
-class RingFull(VirtioError):  # noqa: N818 - a state of the ring rather than an error of anyone
+class RingFull(VirtioError):
     """The ring has too few free descriptors for this chain; take used buffers back and try again."""
 
 

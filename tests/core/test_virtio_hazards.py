@@ -155,6 +155,16 @@ def test_hazard_3_a_late_stop_does_not_end_the_next_report(host: Host):
     assert host.hints() == [StaleCommand(CMD_ID_STOP), HintStarted(new), HintRange(64, 1)]
 
 
+def test_hazard_3_a_late_stop_does_not_free_the_id_that_was_asked_for_since():
+    session = HintSession()
+    command_id = session.open()
+    assert session.feed_command(bytes(4)) == StaleCommand(CMD_ID_STOP)
+    session.close()
+    session.next_command_id = command_id
+    with pytest.raises(LocalProtocolError):
+        session.open()
+
+
 def test_hazard_3_another_id_ends_the_report_that_runs(host: Host):
     command_id = host.device.open_hints()
     host.guest.command(command_id)

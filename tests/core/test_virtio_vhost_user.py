@@ -325,6 +325,8 @@ def test_with_bit_30_a_ring_waits_for_its_enable_and_stops_with_its_disable(pair
     pair.host.receive(message(Request.SET_VRING_ENABLE, struct.pack("<II", 1, 0)))
     assert pair.host.session.running == (0, 2, 3, 4)
     assert pair.host.replies.pop() == reply(Request.SET_VRING_ENABLE, bytes(8))
+    pair.host.receive(message(Request.SET_VRING_KICK, struct.pack("<Q", 1)), (60,))
+    assert pair.host.session.running == (0, 2, 3, 4), "kicked, and still not enabled"
     pair.host.receive(message(Request.SET_VRING_ENABLE, struct.pack("<II", 1, 1)))
     assert pair.host.session.running == (0, 1, 2, 3, 4)
 
