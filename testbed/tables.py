@@ -27,11 +27,14 @@ if TYPE_CHECKING:
 
 VERDICT_STYLES: Final = {"valid": "bold green", "invalid": "bold red", "unknown": "bold yellow"}
 REASONS_SHOWN: Final = 8
+BLACKOUT_NOTE: Final = (
+    "blackout: what the guest itself saw; with integrity = full it stands still while its memory is hashed"
+)
 
 
 def demo_table(arms: Mapping[str, Result]) -> RenderableType:
     """The four arms side by side, and what the hints saved."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=BLACKOUT_NOTE, caption_justify="left")
     table.add_column("skipped", no_wrap=True)
     for heading in ("payload", "wire", "total", "downtime", "blackout", "pages skipped"):
         table.add_column(heading, justify="right", no_wrap=True)
