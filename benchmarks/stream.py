@@ -30,8 +30,8 @@ name = "stream"
 memory = "{memory}"
 [[guest.workload]]
 name = "freed"
-fraction = 0.96
-keep = 1.0
+fraction = 0.91
+keep = 0.91
 [migration]
 skip = "none"
 integrity = "full"

@@ -27,7 +27,7 @@ from host.hint_relay import HintRelay
 from host.journal import Journal
 from host.local_guest import LocalGuest
 from host.node import NodeService
-from host.process import configure_logging, die_with_parent
+from host.process import configure_logging, die_with_parent, keep_large_blocks
 from host.resources import ResourceMeter
 from host.roles import RoleRefused, load_role
 from migration.pb import migration_pb2, node_pb2, node_pb2_grpc
@@ -78,7 +78,7 @@ def write_node_file(run_dir: Path, control: str, migration_address: str) -> None
 
 
 def message_limits() -> list[tuple[str, int]]:
-    """gRPC's own limit is 4 MiB."""
+    """GRPC's own limit is 4 MiB."""
     return [
         ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
         ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -173,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.die_with_parent:
         die_with_parent()
     configure_logging()
+    keep_large_blocks()
     os.umask(0o077)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

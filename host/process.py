@@ -11,6 +11,9 @@ import sys
 import structlog
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEPT_BLOCK_BYTES_MAX = 32 << 20  # glibc's own upper limit for the threshold
+KEPT_TOP_BYTES = 64 << 20  # what a node may keep at most: its memory is bounded by 200 MiB
 
 
 def configure_logging() -> None:
@@ -25,6 +28,19 @@ def configure_logging() -> None:
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+def keep_large_blocks() -> None:
+    """Have malloc keep freed megabytes instead of giving each one back to the kernel (mallopt(3)).
+
+    Every chunk is several allocations of a little more than 1 MiB, in gRPC's core and here. By default each is
+    mapped, faulted in page by page, and unmapped: about 0.15 ms a chunk at the receiver. Other C libraries
+    than glibc have no mallopt; there nothing changes.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES_MAX)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_TOP_BYTES)
 
 
 def die_with_parent() -> None:
