@@ -3,7 +3,8 @@
 Rule 1: a descriptor is read once, into private memory, and only what was checked is used.
 Rule 2: a bad chain is given back used with length 0 and reported; a ring whose *index* or *head* is bad has
         no chain to give back, so it is broken and stays broken until it is set up again.
-Rule 3: no walk is longer than the queue, no call takes more chains than asked: a guest cannot make us spin.
+Rule 3: no walk is longer than the queue, no call takes more chains than asked or walks much more than
+        `WALK_MAX` descriptors: a guest cannot make us spin.
 Rule 4: a chain is written back only if it is in flight; anything else is our own mistake.
 Rule 5: every store into guest memory is logged after it was made (`take_stores`): the guest's kernel cannot
         see what a device writes through its own mapping.
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
     from virtio.arrays import U16Array
 
+WALK_MAX = (
+    8192  # descriptors per `pop_all`, about 10 ms; chains may share descriptors, so size**2 is possible
+)
 STORES_MAX = 4096  # undrained log entries; beyond it the log is one range covering the whole used ring
 ERRORS_MAX = 256  # undrained errors kept in full; a flood of bad chains must not become our memory
 _DESCRIPTOR = struct.Struct("<QIHH")
@@ -94,6 +98,7 @@ class DeviceRing:
         self._in_flight = np.zeros(layout.size, np.bool_)
         self._stores: list[tuple[int, int]] = []
         self._errors: list[GuestProtocolError] = []
+        self._walked = 0  # descriptors that the current `pop_all` followed one by one
 
     @property
     def size(self) -> int:
@@ -119,26 +124,23 @@ class DeviceRing:
         """At most `chains_max` (default: the ring's size) chains; never raises for what the guest did.
 
         Bad chains are given back used, and their errors wait in `take_errors`, as does the error of a ring
-        that broke. 1024 chains of one descriptor take about a millisecond.
+        that broke. There may be more chains afterwards, unless neither chains nor errors came. 1024 chains of
+        one descriptor take about a millisecond, other chains some microseconds per descriptor.
         """
         limit = self.size if chains_max is None else chains_max
         chains: list[Chain] = []
-        seen = 0
-        while seen < limit and self.broken is None:
+        seen = self._walked = 0
+        while seen < limit and self._walked < WALK_MAX and self.broken is None:
             try:
                 count = min(self._waiting(), limit - seen)
-                if count == 0:
-                    break
-                batch = self._pop_simple(count)
-                if batch is None:
-                    seen += 1
-                    chain = self._pop_one()
-                    chains.append(chain)
-                else:
-                    seen += count
-                    chains += batch
             except GuestProtocolError as error:
                 self._note(error)
+                break
+            if count == 0:
+                break
+            batch = self._pop_simple(count)
+            chains += self._pop_each(count) if batch is None else batch
+            seen += count
         return chains
 
     def push(self, head: int, written_bytes: int = 0) -> None:
@@ -252,6 +254,18 @@ class DeviceRing:
             for head, flag, buffer in zip(heads.tolist(), flags.tolist(), buffers, strict=True)
         ]
 
+    def _pop_each(self, count: int) -> list[Chain]:
+        """The good ones of the next `count` chains, one by one, as far as the walk's limit reaches."""
+        chains: list[Chain] = []
+        for _ in range(count):
+            try:
+                chains.append(self._pop_one())
+            except GuestProtocolError as error:
+                self._note(error)
+            if self._walked >= WALK_MAX or self.broken is not None:
+                break
+        return chains
+
     def _pop_one(self) -> Chain:
         """The next chain, descriptor by descriptor; the caller saw that there is one."""
         head = int(self._view.avail[self.next_avail & (self.size - 1)])
@@ -280,6 +294,7 @@ class DeviceRing:
                 self._memory, table + DESCRIPTOR_BYTES * index
             )
             steps += 1
+            self._walked += 1
             if flags & DESC_F_INDIRECT:
                 if indirect:
                     raise GuestProtocolError("indirect_nested", f"head {head}")

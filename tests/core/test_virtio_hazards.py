@@ -208,6 +208,19 @@ def test_hazard_4_a_flood_is_taken_in_bounded_portions():
     assert taken > 500
 
 
+def test_hazard_4_long_chains_that_share_descriptors_are_taken_in_bounded_portions():
+    host = Host(ring_size=1024)
+    for index in range(1024):
+        flags = NEXT if index < 1023 else 0
+        host.guest.lie_descriptor(QUEUE_INFLATE, index, PAGE, 4, flags=flags, following=index + 1)
+    host.guest.lie_available(QUEUE_INFLATE, *range(1024))
+    portions = []
+    while chains := host.rings[QUEUE_INFLATE].pop_all():
+        portions.append(sum(len(chain.readable) for chain in chains))
+    assert sum(portions) == 1024 * 1025 // 2
+    assert max(portions) < 8192 + 1024
+
+
 def test_hazard_4_bad_chains_in_a_flood_cost_no_memory():
     host = Host(ring_size=8)
     ring = host.rings[QUEUE_INFLATE]
