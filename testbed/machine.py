@@ -30,6 +30,7 @@ PROBE_S: Final = 20.0
 # Beside guest RAM: four Python processes with gRPC and numpy, chunks in flight, page hashes.
 PROCESSES_BYTES: Final = 768 << 20
 DOCKER_S: Final = 3
+DOCKER_HOST: Final = "unix:///var/run/docker.sock"  # the engine's own default
 
 
 def facts() -> dict[str, Any]:
@@ -129,6 +130,15 @@ def probe_docker() -> tuple[str, str]:
     import docker  # noqa: PLC0415 - slow to import, and only this probe needs it
     from docker.errors import DockerException  # noqa: PLC0415
 
+    address = os.environ.get("DOCKER_HOST", DOCKER_HOST)
+    if address.startswith("unix://"):
+        # The SDK leaves its socket open when nobody listens; looking first also names the socket.
+        path = address.removeprefix("unix://")
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(path)
+        except OSError as error:
+            return "", f"no engine answers at {path}: {error.strerror or error}"
     try:
         client = docker.from_env(timeout=DOCKER_S)
     except DockerException as error:
