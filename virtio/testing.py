@@ -22,14 +22,16 @@ from virtio.balloon import (
     QUEUE_HINT,
     QUEUE_INFLATE,
 )
+from virtio.balloon_device import BalloonDevice, reader
 from virtio.errors import LocalProtocolError
 from virtio.ring_layout import DESCRIPTOR_BYTES, RingLayout, layout_at, ring_bytes
-from virtio.split_ring import DriverRing, Used
+from virtio.split_ring import DeviceRing, DriverRing, Used
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from virtio.arrays import U32Array
+    from virtio.hint_session import HintEvent
 
 _SCRATCH_PAGES = 64  # room for buffers under way; used in turn, 1 KiB each
 _SCRATCH_BYTES = 4 * PFN_ARRAY_MAX
@@ -157,3 +159,36 @@ class MockDriver:
         ring = self.rings[queue]
         ring.add([self.write_buffer(np.asarray(pfns, "<u4").tobytes())], [], None)
         return ring.publish()
+
+
+class MockHost:
+    """A device over the mock driver's memory: what a host does with the queues, without a host.
+
+    Attributes:
+        memory: all of guest RAM, `pages` pages.
+        guest: the driver.
+        device: the balloon, with everything it offers negotiated.
+        rings: the device's sides of the five rings.
+        read: reads guest memory.
+    """
+
+    def __init__(self, pages: int, *, ring_size: int = 16) -> None:
+        """Guest RAM, driver and device, ready to go."""
+        self.memory = memoryview(bytearray(pages * PAGE_BYTES))
+        self.guest = MockDriver(self.memory, ring_size=ring_size)
+        self.device = BalloonDevice(pages)
+        self.device.negotiate(self.device.features_offered)
+        self.rings = [DeviceRing(self.memory, layout) for layout in self.guest.layouts]
+        self.read = reader(self.memory)
+
+    def hints(self) -> list[HintEvent]:
+        """Process the hint queue as far as it goes; every chain goes back."""
+        ring = self.rings[QUEUE_HINT]
+        events: list[HintEvent] = []
+        while chains := ring.pop_all():
+            for chain in chains:
+                events += self.device.process_hint(chain, self.read)
+            ring.push_many([chain.head for chain in chains])
+            ring.publish()
+        self.device.count_errors(ring.take_errors())
+        return events
