@@ -82,8 +82,7 @@ if TYPE_CHECKING:
     from migration.pages import BoolArray
 
 COMMIT_RETRY_MS = 500  # the guest stands still meanwhile: ask often, but do not hammer a dead host
-BATCH_PAGES = 256  # one chunk: hints and cancellation take effect between batches
-BATCH_PAGES_DETECTING_ZERO = 2048  # zero pages are records of a run: larger steps, still 8 MiB at most
+BATCH_PAGES = 2048  # 8 MiB: hints and decisions take effect between batches; smaller ones cost hand-overs
 
 
 P = SourcePhase
@@ -233,8 +232,7 @@ class SourceMachine:
     def _send_next(self, sending: SourcePhase, drained: SourcePhase) -> list[SourceCommand]:
         if self.phase is not sending:
             self._sending_since_ns = self._now_ns
-        detecting = self._request.skip.detects_zero
-        pfns = self._current.take(BATCH_PAGES_DETECTING_ZERO if detecting else BATCH_PAGES)
+        pfns = self._current.take(BATCH_PAGES)
         if len(pfns) == 0:
             self.phase = drained
             return [AwaitAcknowledgements()]

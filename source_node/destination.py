@@ -21,7 +21,7 @@ from migration.events import (
 )
 from migration.pages import PAGE_BYTES
 from migration.pb import migration_pb2, migration_pb2_grpc
-from source_node.page_stream import PageStream, one_line
+from source_node.page_stream import PageStream, StreamListener, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,9 +75,9 @@ class Destination:
         )
         self._call(self._stub.Open, request, OPEN_TIMEOUT_S, self._opened)
 
-    def page_stream(self, on_ack: Callable[[], None]) -> PageStream:
-        """The stream of this attempt; its loss is posted as PeerLost."""
-        return PageStream(self._channel, on_ack=on_ack, on_lost=lambda why: self._post(PeerLost(why)))
+    def page_stream(self, listener: StreamListener, *, bytes_per_second: float | None) -> PageStream:
+        """The stream of this attempt."""
+        return PageStream(self._channel, listener, bytes_per_second=bytes_per_second)
 
     def prepare(self, request: migration_pb2.PrepareRequest) -> None:
         """-> PrepareAnswered or PeerLost."""

@@ -1,8 +1,7 @@
 """One migration at the source: a thread that feeds the machine with facts and carries its orders out.
 
 Rule 1: one thread does everything; other threads (gRPC, balloon device, cancel) only post events.
-Rule 2: pages are read only when the stream has room, so a slow destination holds no memory here, and between
-        two chunks the thread is always free for an event.
+Rule 2: reading and sending is the page stream's; this thread is always free for the next event.
 Rule 3: a command that fails is an event (HostFailed, PeerLost), with its reason in one line; what is not
         foreseen is logged with its traceback and treated as HostFailed. Only the journal is beyond that:
         without it nothing may be decided, and the attempt stands still until the process is restarted.
@@ -13,7 +12,6 @@ from __future__ import annotations
 import queue
 import sqlite3
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
@@ -29,7 +27,6 @@ from migration import commands as do
 from migration import events as told
 from migration.codec import image_digest
 from migration.errors import ProtocolError
-from migration.pages import PAGE_BYTES
 from migration.pb import migration_pb2
 from migration.source_machine import SourceMachine
 from migration.source_phases import SourcePhase
@@ -37,7 +34,7 @@ from source_node.accounting import Stopwatch
 from source_node.artefacts import write_artefacts
 from source_node.destination import Destination, id_message
 from source_node.hint_log import HintLog
-from source_node.page_reader import OutgoingChunk, PageReader
+from source_node.page_reader import PageReader
 from source_node.wire_account import WireAccount
 
 if TYPE_CHECKING:
@@ -76,13 +73,9 @@ class MigrationRun:
         self._host = host
         self._ram = host.guest.ram
         self._machine = SourceMachine()
-        self._events: queue.SimpleQueue[told.SourceEvent | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[told.SourceEvent] = queue.SimpleQueue()
         self._timers: dict[told.Timer, int] = {}
         self._watch = Stopwatch()
-        self._batch: Iterator[OutgoingChunk] | None = None
-        self._sent = told.PagesSent(0, 0, 0)
-        self._awaiting_acks = False
-        self._paced_until_ns = 0
         self._progress_ns = 0
         self._destination: Destination | None = None
         self._reader: PageReader | None = None
@@ -175,82 +168,48 @@ class MigrationRun:
             self._execute(command)
 
     def _next_event(self) -> told.SourceEvent | None:
-        """The next fact; meanwhile send what may be sent. None: time passed, look again."""
-        try:
-            return self._events.get_nowait()
-        except queue.Empty:
-            pass
-        if (due := self._due_timer()) is not None:
-            return due
-        if self._batch is not None and self._may_send():
-            return self._send_one()
-        if self._awaiting_acks and self._stream is not None and self._stream.all_acknowledged:
-            self._awaiting_acks = False
-            return told.AllAcknowledged()
-        try:
-            return self._events.get(timeout=self._patience_s())
-        except queue.Empty:
-            return None
-
-    def _due_timer(self) -> told.TimerFired | None:
+        """The next fact; None when a moment passed without one: timers and progress are looked at then."""
         instant = now_ns()
         for timer, at_ns in self._timers.items():
             if at_ns <= instant:
                 del self._timers[timer]
                 return told.TimerFired(timer)
-        return None
+        self._progress(instant)
+        until_ns = min([*self._timers.values(), instant + PROGRESS_PERIOD_NS])
+        try:
+            return self._events.get(timeout=(until_ns - instant) / 1e9)
+        except queue.Empty:
+            return None
 
-    def _may_send(self) -> bool:
-        return self._pages.has_room and now_ns() >= self._paced_until_ns
-
-    def _patience_s(self) -> float | None:
-        """How long nothing but an event can matter; None for ever (an acknowledgement is an event)."""
-        waits = [at_ns - now_ns() for at_ns in self._timers.values()]
-        if self._batch is not None and self._stream is not None and self._stream.has_room:
-            waits.append(self._paced_until_ns - now_ns())
-        return max(min(waits), 0) / 1e9 if waits else None
-
-    # -- sending -------------------------------------------------------------------------------
-
-    def _send_one(self) -> told.SourceEvent | None:
-        """One chunk of the batch; PagesSent when it was the last."""
-        assert self._batch is not None
-        chunk = next(self._batch, None)
-        if chunk is None:
-            self._batch = None
-            self._progress()
-            return self._sent
-        self._send(chunk)
-        sent = self._sent
-        self._sent = told.PagesSent(
-            sent.data_pages + chunk.data_pages,
-            sent.zero_pages + chunk.zero_pages,
-            sent.payload_bytes + chunk.data_pages * PAGE_BYTES,
-        )
-        return None
-
-    def _send(self, chunk: OutgoingChunk) -> None:
-        self._pages.send(chunk)
-        if self.order.limits.bandwidth is not None:
-            cost_ns = int(len(chunk.message) * 1e9 / self.order.limits.bandwidth)
-            self._paced_until_ns = max(self._paced_until_ns, now_ns()) + cost_ns
-
-    def _progress(self) -> None:
-        instant = now_ns()
+    def _progress(self, instant: int) -> None:
         rounds = self._machine.round_set
-        if rounds is None or instant - self._progress_ns < PROGRESS_PERIOD_NS:
+        if rounds is None or self._stream is None or instant - self._progress_ns < PROGRESS_PERIOD_NS:
             return
         self._progress_ns = instant
-        ledger = rounds.ledger
+        ledger, batch = rounds.ledger, self._stream.batch_sent
         self._host.events.add(
             "progress",
             round=rounds.index,
-            sent_pages=ledger.sent_pages + self._sent.data_pages,
-            zero_pages=ledger.zero_pages + self._sent.zero_pages,
+            sent_pages=ledger.sent_pages + batch.data_pages,
+            zero_pages=ledger.zero_pages + batch.zero_pages,
             skipped_pages=ledger.skipped_pages,
             remaining_pages=rounds.remaining,
-            payload_bytes=self._wire.payload_bytes + ledger.payload_bytes + self._sent.payload_bytes,
+            payload_bytes=self._wire.payload_bytes + ledger.payload_bytes + batch.payload_bytes,
         )
+
+    # -- told by the page stream -----------------------------------------------------------------
+
+    def pages_sent(self, sent: told.PagesSent) -> None:
+        """A batch left."""
+        self._events.put(sent)
+
+    def all_acknowledged(self) -> None:
+        """Everything sent is stored."""
+        self._events.put(told.AllAcknowledged())
+
+    def stream_lost(self, reason: str) -> None:
+        """No more pages can go."""
+        self._events.put(told.PeerLost(reason))
 
     # -- orders --------------------------------------------------------------------------------
 
@@ -292,10 +251,11 @@ class MigrationRun:
             case do.DisarmTimer(timer):
                 self._timers.pop(timer, None)
             case do.SendPages(round_index, pfns):
-                self._sent = told.PagesSent(0, 0, 0)
-                self._batch = self._ram_reader.chunks_of(round_index, pfns)
+                self._pages.send(self._ram_reader.chunks_of(round_index, pfns))
             case do.AwaitAcknowledgements():
-                self._await_acknowledgements()
+                round_set = self._machine.round_set
+                marker = self._ram_reader.marker(round_set.index if round_set else 0)
+                self._pages.await_acknowledgements(marker)
             case do.PauseGuest():
                 self._pause()
             case do.SaveGuest():
@@ -350,7 +310,7 @@ class MigrationRun:
             attempt=self.order.key.attempt,
             detects_zero=self.order.skip.detects_zero,
         )
-        self._stream = self._peer.page_stream(on_ack=lambda: self._events.put(None))
+        self._stream = self._peer.page_stream(self, bytes_per_second=self.order.limits.bandwidth)
         log_, scanner = self._host.device_log, self._host.guest.scanner
         if self.order.tracker == "uffd":
             assert scanner is not None, "the tracker was probed when the order was checked"
@@ -375,11 +335,6 @@ class MigrationRun:
             "harvested", duration_ms=duration_ns / 1e6, dirty_pages=int(np.count_nonzero(dirty))
         )
         self._post(told.Harvested(dirty))
-
-    def _await_acknowledgements(self) -> None:
-        round_set = self._machine.round_set
-        self._send(self._ram_reader.marker(round_set.index if round_set else 0))
-        self._awaiting_acks = True
 
     def _pause(self) -> None:
         self._watch.pause_ordered_ns = now_ns()

@@ -1,44 +1,66 @@
 """The page stream: one bidirectional gRPC call, chunks out, cumulative acknowledgements in.
 
 Rule 1: messages are bytes already (identity serialiser); nothing here looks into them.
-Rule 2: what is not acknowledged is bounded by WINDOW_CHUNKS; `has_room` says whether one more may go.
-Rule 3: whatever ends the call before `close` is told once, through `on_lost`, in one line.
+Rule 2: pages are read by the very thread that feeds them to gRPC, at the moment when one more chunk may go: a
+        second thread would cost a hand-over of the interpreter per chunk (measured: half a CPU-second per GiB),
+        and a slow destination holds no memory here.
+Rule 3: what is not acknowledged is bounded by WINDOW_CHUNKS; bandwidth, if limited, is kept chunk by chunk.
+Rule 4: whatever ends the call before `close` is told once, through `on_lost`, in one line.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import grpc
 
+from host.clock import now_ns
+from migration.events import PagesSent
+from migration.pages import PAGE_BYTES
 from migration.pb import migration_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from source_node.page_reader import OutgoingChunk
 
 METHOD = "/ballast.v1.Migration/Pages"
-WINDOW_CHUNKS = 64  # 64 MiB at most between the reader and the destination's RAM; it acknowledges every 16
+WINDOW_CHUNKS = 64  # 64 MiB at most between guest RAM and the destination's; it acknowledges every 16
 GRPC_PREFIX_BYTES = 5  # compressed flag and length before every gRPC message
 
 
+class StreamListener(Protocol):
+    """Who is told; from the stream's own threads."""
+
+    def pages_sent(self, sent: PagesSent) -> None:
+        """A batch was read and handed to gRPC."""
+
+    def all_acknowledged(self) -> None:
+        """What `await_acknowledgements` asked for."""
+
+    def stream_lost(self, reason: str) -> None:
+        """The call ended, and not because we closed it; or pages could not be read."""
+
+
 class PageStream:
-    """One attempt's stream. `send`, `close` by one thread; callbacks come from the stream's own thread."""
+    """One attempt's stream. `send`, `await_acknowledgements`, `close`, `cancel` by one thread."""
 
     def __init__(
-        self, channel: grpc.Channel, *, on_ack: Callable[[], None], on_lost: Callable[[str], None]
+        self, channel: grpc.Channel, listener: StreamListener, *, bytes_per_second: float | None
     ) -> None:
         self.sent_chunks = 0
         self.grpc_bytes = 0
-        self._on_ack = on_ack
-        self._on_lost = on_lost
+        self.batch_sent = PagesSent(0, 0, 0)  # of the batch under way, for progress
+        self._listener = listener
+        self._bytes_per_second = bytes_per_second
+        self._paced_until_ns = 0
+        self._changed = threading.Condition()
         self._stored_below = 0
-        self._ended = threading.Event()
         self._closing = False
-        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._ended = False
+        self._batches: queue.SimpleQueue[Iterable[OutgoingChunk] | None] = queue.SimpleQueue()
         pages: grpc.StreamStreamMultiCallable[bytes, migration_pb2.ChunkAck] = channel.stream_stream(
             METHOD,
             request_serializer=None,
@@ -48,51 +70,100 @@ class PageStream:
         self._thread = threading.Thread(target=self._read_acks, name="page-acks", daemon=True)
         self._thread.start()
 
-    @property
-    def has_room(self) -> bool:
-        """Whether one more chunk may be sent now."""
-        return self.sent_chunks - self._stored_below < WINDOW_CHUNKS
+    def send(self, batch: Iterable[OutgoingChunk]) -> None:
+        """Read and send these chunks, lazily -> pages_sent."""
+        self._batches.put(batch)
 
-    @property
-    def all_acknowledged(self) -> bool:
-        """Whether everything sent is stored at the destination."""
-        return self._stored_below == self.sent_chunks
-
-    def send(self, chunk: OutgoingChunk) -> None:
-        """Hand one chunk to the call."""
-        self.sent_chunks += 1
-        self.grpc_bytes += len(chunk.message) + GRPC_PREFIX_BYTES
-        self._outgoing.put(chunk.message)
+    def await_acknowledgements(self, marker: OutgoingChunk) -> None:
+        """Send a chunk that asks for an acknowledgement, and wait for it aside -> all_acknowledged."""
+        self._batches.put(self._then_await(marker))
 
     def close(self, timeout_s: float) -> bool:
         """Half-close and wait until the destination ended the call; False when it did not in time."""
-        self._closing = True
-        self._outgoing.put(None)
-        return self._ended.wait(timeout_s)
+        with self._changed:
+            self._closing = True
+        self._batches.put(None)
+        with self._changed:
+            return self._changed.wait_for(lambda: self._ended, timeout_s)
 
     def cancel(self) -> None:
         """Give the call up. Idempotent."""
-        self._closing = True
-        self._outgoing.put(None)
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._batches.put(None)
         self._call.cancel()
         self._thread.join()
 
+    # -- gRPC's sending thread -----------------------------------------------------------------
+
     def _requests(self) -> Iterator[bytes]:
-        while (message := self._outgoing.get()) is not None:
-            yield message
+        while (batch := self._batches.get()) is not None:
+            try:
+                yield from self._messages(batch)
+            except Exception as error:
+                # gRPC would only log it and leave the call open: the migration has to hear of it.
+                self._listener.stream_lost(f"pages cannot be read: {type(error).__name__}: {error}")
+                raise
+
+    def _messages(self, batch: Iterable[OutgoingChunk]) -> Iterator[bytes]:
+        data_pages = zero_pages = 0
+        for chunk in batch:
+            if not self._wait_for_turn(len(chunk.message)):
+                return
+            self.sent_chunks += 1
+            self.grpc_bytes += len(chunk.message) + GRPC_PREFIX_BYTES
+            data_pages += chunk.data_pages
+            zero_pages += chunk.zero_pages
+            self.batch_sent = PagesSent(data_pages, zero_pages, data_pages * PAGE_BYTES)
+            yield chunk.message
+        if data_pages or zero_pages:
+            self._listener.pages_sent(self.batch_sent)
+
+    def _wait_for_turn(self, message_bytes: int) -> bool:
+        """Wait for room in the window and for the bandwidth's next slot; False when the stream is over."""
+        if self.sent_chunks - self._stored_below >= WINDOW_CHUNKS:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._over or self.sent_chunks - self._stored_below < WINDOW_CHUNKS
+                )
+        if self._bytes_per_second is not None:
+            with self._changed:
+                while not self._over and (ahead_ns := self._paced_until_ns - now_ns()) > 0:
+                    self._changed.wait(ahead_ns / 1e9)
+            cost_ns = int(message_bytes * 1e9 / self._bytes_per_second)
+            self._paced_until_ns = max(self._paced_until_ns, now_ns()) + cost_ns
+        return not self._over
+
+    @property
+    def _over(self) -> bool:
+        return self._closing or self._ended
+
+    def _then_await(self, marker: OutgoingChunk) -> Iterator[OutgoingChunk]:
+        yield marker
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or self._stored_below == self.sent_chunks)
+            complete = self._stored_below == self.sent_chunks
+        if complete:
+            self._listener.all_acknowledged()
+
+    # -- acknowledgements ----------------------------------------------------------------------
 
     def _read_acks(self) -> None:
+        reason = "the destination ended the page stream"
         try:
             for ack in self._call:
-                self._stored_below = ack.stored_below
-                self._on_ack()
-            if not self._closing:
-                self._on_lost("the destination ended the page stream")
+                with self._changed:
+                    self._stored_below = ack.stored_below
+                    self._changed.notify_all()
         except grpc.RpcError as error:
-            if not self._closing:
-                self._on_lost(f"page stream: {one_line(error)}")
+            reason = f"page stream: {one_line(error)}"
         finally:
-            self._ended.set()
+            with self._changed:
+                expected, self._ended = self._closing, True
+                self._changed.notify_all()
+        if not expected:
+            self._listener.stream_lost(reason)
 
 
 def one_line(error: grpc.RpcError) -> str:
