@@ -56,7 +56,7 @@ class Figure:
             return "-"
         if self.least == self.most:
             return formatted(self.median)
-        return f"{formatted(self.median)} ({formatted(self.least)} .. {formatted(self.most)})"
+        return f"{formatted(self.median)}\n{formatted(self.least)} .. {formatted(self.most)}"
 
 
 @dataclass(frozen=True, slots=True)

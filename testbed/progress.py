@@ -103,7 +103,7 @@ class TerminalLines:
         def show(event: Event) -> None:
             fields = event.fields
             if event.name in STEPS:
-                self._progress.update(task, step=STEPS[event.name])
+                self._progress.update(task, step=STEPS[event.name], detail="")
             elif event.name == "round_started":
                 total = fields["candidate_pages"]
                 self._progress.update(

@@ -39,7 +39,7 @@ def demo_table(arms: Mapping[str, Result]) -> RenderableType:
     for heading in ("payload", "wire", "total", "downtime", "blackout", "pages skipped"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("proof", no_wrap=True)
-    names = {"none": "nothing", "zero": "zero pages", "hint": "hinted pages", "both": "both"}
+    names = {"none": "none", "zero": "zero pages", "hint": "hinted pages", "both": "both"}
     for arm, result in arms.items():
         table.add_row(
             Text(names.get(arm, arm), style="bold"),
@@ -106,6 +106,8 @@ def run_report(result: Result) -> RenderableType:
         f"payload {format_bytes(counted.payload)}, messages {format_bytes(counted.grpc)}, "
         f"wire {format_bytes(counted.wire_tx)} ({counted.wire_source.replace('_', ' ').upper()})",
     )
+    if result.hints.hinted_pages:
+        facts.add_row("hints", _hints(result))
     facts.add_row("memory", _integrity(result))
     facts.add_row("recorded in", result.run_dir)
     parts: list[RenderableType] = [rounds] if result.rounds else []
@@ -118,11 +120,11 @@ def run_report(result: Result) -> RenderableType:
 def compare_table(summaries: Mapping[str, Summary]) -> RenderableType:
     """Medians with their range, one row per variant."""
     table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, caption="median (least .. most)", caption_justify="left"
+        box=box.SIMPLE_HEAD, pad_edge=False, caption="median, least .. most", caption_justify="left"
     )
     table.add_column("variant", style="bold")
     for heading in ("payload", "wire", "total", "downtime", "blackout"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("proof", no_wrap=True)
     for name, summary in summaries.items():
         figures = summary.figures
@@ -159,6 +161,14 @@ def _integrity(result: Result) -> str:
     return (
         f"{integrity.compared_pages:,} pages compared, {integrity.mismatches:,} differ; "
         f"{integrity.skipped_pages_proved_free:,} never sent and proved free"
+    )
+
+
+def _hints(result: Result) -> str:
+    hints = result.hints
+    return (
+        f"{hints.hinted_pages:,} pages hinted: {hints.skipped_pages:,} skipped, {hints.late_pages:,} late, "
+        f"{hints.absent_pages:,} not asked for; {hints.redirtied_pages:,} of the skipped written again"
     )
 
 

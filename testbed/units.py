@@ -103,7 +103,7 @@ def format_ms(milliseconds: float) -> str:
 
 
 def _three_figures(amount: float) -> str:
-    decimals = 0 if amount >= 100 else 1 if amount >= 10 else 2
+    decimals = 0 if amount >= 99.95 else 1 if amount >= 9.995 else 2
     return f"{amount:,.{decimals}f}"
 
 

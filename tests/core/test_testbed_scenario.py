@@ -83,7 +83,7 @@ def test_sizes_and_durations_are_told_in_three_figures():
     assert [format_bytes(count) for count in (0, 999, 2048, 768 << 20, 3 << 30)] == [
         "0 B", "999 B", "2.00 KiB", "768 MiB", "3.00 GiB",
     ]  # fmt: skip
-    assert [format_ms(ms) for ms in (0.5, 41, 620, 2970)] == ["0.50 ms", "41.0 ms", "620 ms", "2.97 s"]
+    assert [format_ms(ms) for ms in (0.5, 41, 99.97, 2970)] == ["0.50 ms", "41.0 ms", "100 ms", "2.97 s"]
 
 
 def test_a_scenario_has_its_file_s_name_and_defaults():

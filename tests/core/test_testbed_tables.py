@@ -59,7 +59,7 @@ def test_the_demo_table_fits_into_100_columns(arms):
     text = rendered(demo_table(arms))
     lines = [line.rstrip() for line in text.splitlines()]
     assert max(map(len, lines)) <= 100
-    for arm in ("nothing", "zero pages", "hinted pages", "both"):
+    for arm in ("none", "zero pages", "hinted pages", "both"):
         (row,) = [line for line in lines if line.strip().startswith(arm)]
         assert row.endswith("valid"), "every arm is one line"
 
