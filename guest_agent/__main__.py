@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from guest_agent.agent import Agent
+from guest_agent.errors import WorkloadError
 from guest_agent.machine import MachineOptions
+from guest_agent.workloads import build_workloads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _log_json_lines(options.name)
     try:
         workloads = None if options.standby else _load_workloads(options.workloads)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, WorkloadError) as error:
         print(f"guest_agent: {options.workloads}: {error}", file=sys.stderr)  # noqa: T201 - usage error
         return 2
     machine_options = MachineOptions(
@@ -90,11 +92,13 @@ def _load_workloads(path: Path) -> list[dict[str, Any]]:
     Raises:
         OSError: the file cannot be read.
         ValueError: it is not JSON, or not {"workloads": [{"name": ...}, ...]}.
+        WorkloadError: a workload is unknown, or one of its options is.
     """
     document = json.loads(path.read_bytes())
     workloads = document.get("workloads") if isinstance(document, dict) else None
     if not isinstance(workloads, list) or not all(isinstance(workload, dict) for workload in workloads):
         raise ValueError('expected {"workloads": [{"name": ...}, ...]}')
+    build_workloads(workloads)  # refuses what no workload knows, before anything is started
     return workloads
 
 

@@ -25,7 +25,7 @@ from guest_agent.frames import OWNER_BALLOON, FrameKind
 from guest_agent.hint_report import ROOM_WAIT_S_MAX, HintReport
 from guest_agent.pfn_arrays import PfnArrays
 from guest_agent.ring_area import ARRAY_SLOTS
-from virtio.balloon import PFN_ARRAY_MAX, QUEUE_DEFLATE, QUEUE_HINT, QUEUE_INFLATE
+from virtio.balloon import CMD_ID_DONE, CMD_ID_STOP, PFN_ARRAY_MAX, QUEUE_DEFLATE, QUEUE_HINT, QUEUE_INFLATE
 from virtio.balloon_driver import (
     BalloonDriver,
     ConfigChanged,
@@ -98,6 +98,8 @@ class Balloon:
             kick=kicks[QUEUE_HINT],
         )
         self._config: BalloonConfig | None = None  # read and not yet handled
+        self._first_config = False  # the next one is the first of a newly connected device
+        self._forget_command_id = False  # that device never issued the id reported last
         self._actual_to_write: int | None = None
         self._report_moved_at = 0.0
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -116,6 +118,17 @@ class Balloon:
         return self._report.held_pages
 
     @property
+    def reporting(self) -> bool:
+        """Whether a hint report is under way."""
+        return self._report.is_open
+
+    @property
+    def config_handled(self) -> bool:
+        """Whether the newest configuration was looked at."""
+        with self._lock:
+            return self._config is None
+
+    @property
     def features(self) -> int:
         """What the driver and its device agreed on."""
         return self._driver.features
@@ -124,6 +137,7 @@ class Balloon:
 
     def negotiate(self, offered: int) -> int:
         """Pick features; once picked, a later device must offer them all. Raises RemoteProtocolError."""
+        self._first_config = True
         agreed = self._driver.features
         if not agreed:
             return self._driver.negotiate(offered)
@@ -132,7 +146,14 @@ class Balloon:
         return agreed
 
     def config_changed(self, config: BalloonConfig) -> None:
-        """Take note of the configuration; only the newest counts, as for a driver that reads registers."""
+        """Take note of the configuration; only the newest counts, as for a driver that reads registers.
+
+        A device that shows no id when it connects has no report open. If it started anew it may issue ids from
+        the beginning again: the id reported last, by which a driver knows what it reported already, is void.
+        """
+        if self._first_config and config.free_page_hint_cmd_id in (CMD_ID_STOP, CMD_ID_DONE):
+            self._forget_command_id = True
+        self._first_config = False
         self._config = config
         self.wake()
 
@@ -213,11 +234,7 @@ class Balloon:
         """One bounded piece of work; whether there is more to do at once."""
         for fd in (self._wake_fd, *self._front_end.call_fds):
             _drain(fd)
-        config, self._config = self._config, None
-        if config is not None:
-            self._obey(ConfigChanged(config))
-            if config.actual != self._driver.actual:  # a device that started anew
-                self._actual_to_write = self._driver.actual
+        self._look_at_config()
         self._take_acknowledged()
         for queue, arrays in ((QUEUE_INFLATE, self._inflate), (QUEUE_DEFLATE, self._deflate)):
             if not arrays.pages_in_flight:
@@ -225,6 +242,19 @@ class Balloon:
         if self._wants_retry and self._buddy.free_pages > self._buddy.reserve_pages + RETRY_SPARE_PAGES:
             self._obey(Retry())
         return self._go_on_reporting()
+
+    def _look_at_config(self) -> None:
+        if self._forget_command_id:
+            if self._report.is_open:  # for a device that is gone
+                self._report.end()
+                return
+            self._driver.command_id_active = CMD_ID_STOP
+            self._forget_command_id = False
+        config, self._config = self._config, None
+        if config is not None:
+            self._obey(ConfigChanged(config))
+            if config.actual != self._driver.actual:  # a device that started anew
+                self._actual_to_write = self._driver.actual
 
     def _obey(self, event: DriverEvent) -> None:
         """Tell the driver what happened and do what it says."""

@@ -1,0 +1,274 @@
+"""The balloon driver's hands inside one process: pressure, a device that hangs, a device that goes away.
+
+What they prove: held blocks and ballooned pages come back to a guest that needs them, a report ends within its
+bound whatever the device does, and its STOP always finds a place in the ring.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from guest_agent.balloon import Balloon
+from guest_agent.boot import BootPage
+from guest_agent.buddy import BuddyAllocator
+from guest_agent.errors import OutOfMemory
+from guest_agent.frames import FrameKind, FrameTable
+from guest_agent.front_end import FrontEnd
+from guest_agent.gate import PauseGate
+from guest_agent.hint_report import HINT_ORDER
+from guest_agent.ram import GuestRam
+from guest_agent.ring_area import RING_SIZES, RingArea
+from guest_agent.threads import GuestThread
+from host.balloon_server import BalloonServer
+from host.device_log import DeviceLog
+from virtio.balloon import CMD_ID_DONE, CMD_ID_FIRST, CMD_ID_STOP, QUEUE_HINT, BalloonConfig
+from virtio.errors import RemoteProtocolError
+from virtio.split_ring import DeviceRing
+
+FEATURES = 1 << 32 | 0b1101  # VERSION_1, FREE_PAGE_HINT, DEFLATE_ON_OOM, MUST_TELL_HOST
+
+
+def wait_until(true: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not true():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        pause.wait(0.002)
+
+
+class Guest:
+    """RAM, allocator and balloon with their threads; no workload but the test."""
+
+    def __init__(self, path: Path, memory_bytes: int) -> None:
+        self.ram = GuestRam.create(memory_bytes)
+        boot = BootPage.format(self.ram)
+        self.frames = FrameTable(self.ram, boot)
+        self.buddy = BuddyAllocator(self.ram, boot, self.frames)
+        self.area = RingArea(boot.ring_address)
+        self.gate = PauseGate()
+        self.stopping = threading.Event()
+        self.front_end = FrontEnd(path, self.ram, self.area.layouts, self.stopping)
+        self.balloon = Balloon(
+            self.ram, self.frames, self.buddy, self.area, front_end=self.front_end, gate=self.gate
+        )
+        self.failures: list[tuple[str, BaseException]] = []
+        self.threads = [
+            GuestThread(name, body, lambda name, error: self.failures.append((name, error)))
+            for name, body in (("balloon", self.balloon.run), ("front_end", self.front_end.run))
+        ]
+
+    def start(self, *, connect: bool = True) -> None:
+        self.gate.open()
+        self.front_end.start_rings(None)
+        for thread in self.threads if connect else self.threads[:1]:
+            thread.start()
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self.gate.shut()
+        self.balloon.wake()
+        self.front_end.wake()
+        for thread in self.threads:
+            if thread.ident is not None:
+                thread.join(10)
+                assert not thread.is_alive()
+        self.balloon.close()
+        self.front_end.close()
+        self.ram.close()
+        assert self.failures == []
+
+    def take(self, pages: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """What a workload does."""
+        with self.gate:
+            return self.buddy.alloc_bulk(pages, kind=FrameKind.ANON, owner=1)
+
+
+@pytest.fixture
+def guests(tmp_path: Path) -> Iterator[Callable[[int], Guest]]:
+    made: list[Guest] = []
+
+    def make(memory_bytes: int) -> Guest:
+        made.append(Guest(tmp_path / "vhost", memory_bytes))
+        return made[-1]
+
+    yield make
+    for guest in made:
+        guest.stop()
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[BalloonServer]:
+    server = BalloonServer(tmp_path / "vhost", sink=lambda _: None, log=DeviceLog())
+    server.start()
+    yield server
+    server.stop()
+
+
+def hold(guest: Guest, device: BalloonServer) -> int:
+    """Report once; pages held."""
+    device.open_hints()
+    wait_until(lambda: device.status().hint_state == "stopped", "the report")
+    device.close_hints()
+    return guest.balloon.held_pages
+
+
+def test_held_blocks_come_back_under_pressure_and_the_rest_at_done(
+    guests: Callable[[int], Guest], device: BalloonServer
+) -> None:
+    guest = guests(256 << 20)
+    guest.start()
+    wait_until(lambda: device.status().ready, "balloon ready")
+    held = hold(guest, device)
+    assert held > 0.9 * guest.buddy.pages
+    wanted = guest.buddy.free_pages + 5000
+    pfns = guest.take(wanted)
+    assert pfns.size == wanted
+    assert 0 < held - guest.balloon.held_pages <= 5000 + 8 * 1024
+    assert (guest.frames.kind[pfns.astype(np.int64)] == FrameKind.ANON).all()
+    assert guest.buddy.check() == []
+    with guest.gate:
+        guest.buddy.free_bulk(pfns)
+    device.hints_done()
+    wait_until(lambda: guest.balloon.held_pages == 0, "DONE")
+    assert guest.buddy.check() == []
+
+
+def test_pressure_may_take_every_held_block_and_then_memory_is_out(
+    guests: Callable[[int], Guest], device: BalloonServer
+) -> None:
+    guest = guests(64 << 20)
+    guest.start()
+    wait_until(lambda: device.status().ready, "balloon ready")
+    hold(guest, device)
+    free = guest.buddy.free_pages + guest.balloon.held_pages
+    guest.take(free)
+    assert (guest.balloon.held_pages, guest.buddy.free_pages) == (0, 0)
+    with pytest.raises(OutOfMemory):
+        guest.take(1)
+
+
+def test_the_balloon_deflates_when_memory_is_out(
+    guests: Callable[[int], Guest], device: BalloonServer
+) -> None:
+    guest = guests(64 << 20)
+    guest.start()
+    wait_until(lambda: device.status().ready, "balloon ready")
+    device.set_num_pages(8000)
+    wait_until(lambda: device.status().actual == 8000, "inflation")
+    pfns = guest.take(guest.buddy.free_pages + 1000)
+    assert guest.balloon.ballooned_pages <= 7000
+    wait_until(lambda: device.status().actual == guest.balloon.ballooned_pages, "the host is told")
+    assert guest.buddy.check() == []
+    assert (guest.frames.kind[pfns.astype(np.int64)] == FrameKind.ANON).all()
+
+
+def test_without_its_device_a_ballooned_guest_is_out_of_memory_not_stuck(
+    guests: Callable[[int], Guest], device: BalloonServer
+) -> None:
+    guest = guests(64 << 20)
+    guest.start()
+    wait_until(lambda: device.status().ready, "balloon ready")
+    device.set_num_pages(8000)
+    wait_until(lambda: device.status().actual == 8000, "inflation")
+    device.stop()
+    started = time.monotonic()
+    with pytest.raises(OutOfMemory):
+        guest.take(guest.buddy.free_pages + 1000)
+    assert time.monotonic() - started < 2
+    guest.gate.pause(1)
+
+
+class HungDevice:
+    """A hint queue that is looked at by the test alone: nobody serves it."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        guest.balloon.negotiate(FEATURES)
+        self.ring = DeviceRing(guest.ram.memory, guest.area.layouts[QUEUE_HINT])
+
+    def show(self, command_id: int) -> None:
+        self.guest.balloon.config_changed(BalloonConfig(free_page_hint_cmd_id=command_id))
+
+    def chains(self) -> list[tuple[int | None, int]]:
+        """What waits in the ring: (command id, 0) or (None, bytes of the free block); all given back."""
+        found: list[tuple[int | None, int]] = []
+        chains = self.ring.pop_all()
+        for chain in chains:
+            if chain.readable:
+                address, length = chain.readable[0]
+                found.append((int.from_bytes(self.guest.ram.memory[address : address + length], "little"), 0))
+            else:
+                found.append((None, chain.writable[0][1]))
+        self.ring.push_many([chain.head for chain in chains])
+        self.ring.publish()
+        return found
+
+
+def test_a_report_to_a_device_that_takes_nothing_ends_with_stop_in_the_last_slot(
+    guests: Callable[[int], Guest],
+) -> None:
+    guest = guests(6 << 30)  # more blocks than the ring has entries; nothing of it is touched
+    device = HungDevice(guest)
+    guest.start(connect=False)
+    device.show(CMD_ID_FIRST)
+    wait_until(lambda: guest.balloon.held_pages >= (RING_SIZES[QUEUE_HINT] - 2) << HINT_ORDER, "a full ring")
+    wait_until(lambda: not guest.balloon.reporting, "the bound")
+    chains = device.chains()
+    assert len(chains) == RING_SIZES[QUEUE_HINT]
+    assert chains[0] == (CMD_ID_FIRST, 0)
+    assert chains[-1] == (CMD_ID_STOP, 0)
+    assert set(chains[1:-1]) == {(None, 4 << 20)}
+    device.show(CMD_ID_DONE)
+    wait_until(lambda: guest.balloon.held_pages == 0, "DONE")
+    assert guest.buddy.check() == []
+
+
+def test_a_report_is_ended_by_the_host_and_the_next_id_is_reported_for(
+    guests: Callable[[int], Guest],
+) -> None:
+    guest = guests(6 << 30)
+    device = HungDevice(guest)
+    guest.start(connect=False)
+    device.show(CMD_ID_FIRST)
+    wait_until(lambda: guest.balloon.held_pages > 0, "a report")
+    device.show(CMD_ID_FIRST + 1)
+    seen: list[tuple[int | None, int]] = []
+
+    def two_reports() -> bool:
+        seen.extend(device.chains())
+        guest.balloon.wake()  # the interrupt
+        return [command for command, _ in seen].count(CMD_ID_STOP) == 2
+
+    wait_until(two_reports, "two reports")
+    commands = [command for command, _ in seen if command is not None]
+    assert commands == [CMD_ID_FIRST, CMD_ID_STOP, CMD_ID_FIRST + 1, CMD_ID_STOP]
+
+
+def test_the_same_id_is_not_reported_for_twice(guests: Callable[[int], Guest]) -> None:
+    guest = guests(64 << 20)
+    device = HungDevice(guest)
+    guest.start(connect=False)
+    device.show(CMD_ID_FIRST)
+    wait_until(lambda: guest.balloon.held_pages > 0 and not guest.balloon.reporting, "a report")
+    first = device.chains()
+    device.show(CMD_ID_FIRST)
+    wait_until(lambda: guest.balloon.config_handled, "the same id again")
+    assert device.chains() == []
+    device.show(CMD_ID_FIRST + 1)
+    wait_until(lambda: guest.balloon.config_handled and not guest.balloon.reporting, "the next report")
+    assert first[0] == (CMD_ID_FIRST, 0)
+    assert device.chains() == [(CMD_ID_FIRST + 1, 0), (CMD_ID_STOP, 0)], "all blocks are held already"
+
+
+def test_a_device_that_lacks_an_agreed_feature_is_not_taken(guests: Callable[[int], Guest]) -> None:
+    guest = guests(64 << 20)
+    agreed = guest.balloon.negotiate(FEATURES)
+    assert guest.balloon.negotiate(FEATURES | 1 << 5) == agreed
+    with pytest.raises(RemoteProtocolError, match="features"):
+        guest.balloon.negotiate(1 << 32)
+    assert guest.balloon.features == agreed
