@@ -12,13 +12,15 @@ import json
 import os
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from testbed.clock import now_ns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
+
+LOOK_AGAIN_S: Final = 0.2
 
 Origin: TypeAlias = Literal["source", "dest", "testbed"]
 
@@ -75,18 +77,17 @@ class History:
     def wait_for(self, matches: Callable[[Event], bool], timeout_s: float) -> Event | None:
         """The first event that matches, past or future; None when the deadline passes without one."""
         seen = 0
-        found: list[Event] = []
-
-        def look() -> bool:
-            nonlocal seen
-            fresh = self._events[seen:]
-            seen += len(fresh)
-            found.extend(event for event in fresh if matches(event))
-            return bool(found)
-
+        deadline_ns = now_ns() + int(timeout_s * 1e9)
         with self._changed:
-            self._changed.wait_for(look, timeout_s)
-        return found[0] if found else None
+            while True:
+                fresh = self._events[seen:]
+                seen += len(fresh)
+                found = next((event for event in fresh if matches(event)), None)
+                left_s = (deadline_ns - now_ns()) / 1e9
+                if found is not None or left_s <= 0:
+                    return found
+                # Bounded: a signal handler of this very thread may record between the look and the wait.
+                self._changed.wait(min(left_s, LOOK_AGAIN_S))
 
     def close(self) -> None:
         """Ends the file; later events are an error of the caller."""

@@ -7,6 +7,7 @@ Rule 3: a run whose scenario needs what is missing is refused before anything is
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import socket
@@ -46,7 +47,7 @@ def facts() -> dict[str, Any]:
 
 
 def available_bytes() -> int:
-    """Memory that a run may use now, limited by the machine and by this process's control group."""
+    """Memory that the machine can give a run now."""
     return int(psutil.virtual_memory().available)
 
 
@@ -97,6 +98,7 @@ def probe_memfd() -> str:
     return ""
 
 
+@functools.cache  # a kernel does not change while we run; the probe costs a quarter of a second
 def probe_tracker() -> str:
     """Asynchronous write protection (userfaultfd) and PAGEMAP_SCAN, in a child that tracks a write."""
     command = [sys.executable, "-m", "testbed.tracker_probe"]

@@ -6,6 +6,8 @@ Rule 2: a verdict is a word and a colour, never a colour alone.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from rich import box
@@ -55,6 +57,9 @@ def demo_table(arms: Mapping[str, Result]) -> RenderableType:
     sentence = savings(arms)
     if sentence:
         parts.append(Text(sentence))
+    if arms:
+        place = os.path.commonpath([Path(result.run_dir).parent for result in arms.values()])
+        parts.append(Text(f"recorded below {place}; judge again: ballast check RUN_DIR", style="dim"))
     return Group(*parts, *(_complaints(arm, result) for arm, result in arms.items() if result.reasons))
 
 

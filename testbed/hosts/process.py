@@ -91,7 +91,7 @@ class OwnedProcess:
         return self._gone.wait(timeout_s)
 
     def last_words(self) -> str:
-        """The last line of its log, of a JSON line only the message; "" when it said nothing."""
+        """What its log ends with: a plain line, or a JSON line's complaint; "" when it complained of nothing."""
         with self.log.open("rb") as log:
             log.seek(0, os.SEEK_END)
             log.seek(max(0, log.tell() - TAIL_BYTES))
@@ -115,5 +115,7 @@ def _message(line: str) -> str:
         return line
     if not isinstance(document, dict):
         return line
+    if document.get("level") in ("debug", "info"):
+        return ""  # what it was doing is no reason why it ended
     parts = [str(document[key]) for key in ("event", "reason", "error") if document.get(key)]
     return ": ".join(parts) or line
