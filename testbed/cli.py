@@ -11,6 +11,7 @@ Rule 3: results go to standard output, everything else to standard error; an err
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -239,7 +240,8 @@ def _print(renderable: RenderableType) -> None:
     from rich.console import Console
 
     # Where nobody set a width (a pipe, a log) the tables get as much room as they need.
-    Console(width=None if sys.stdout.isatty() else 120).print(renderable)
+    chosen = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(width=None if chosen else 120).print(renderable)
 
 
 def _print_json(document: dict[str, Any]) -> None:
