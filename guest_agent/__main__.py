@@ -20,13 +20,17 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from guest_agent.agent import Agent
+from guest_agent.arrays import PAGE_BYTES
+from guest_agent.boot import MemoryLayout
 from guest_agent.errors import WorkloadError
 from guest_agent.machine import MachineOptions
+from guest_agent.ram import MEMORY_BYTES_MAX
 from guest_agent.workloads import build_workloads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+FAILED, USAGE = 1, 2
 PR_SET_PDEATHSIG = 1
 # CPython hands the interpreter lock over every 5 ms by default: three guest threads would stutter the 2 ms beats.
 SWITCH_INTERVAL_S = 0.0005
@@ -42,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         workloads = None if options.standby else _load_workloads(options.workloads)
     except (OSError, ValueError, WorkloadError) as error:
-        print(f"guest_agent: {options.workloads}: {error}", file=sys.stderr)  # noqa: T201 - usage error
-        return 2
+        return _complain(f"{options.workloads}: {error}", USAGE)
     machine_options = MachineOptions(
         name=options.name,
         memory_bytes=options.memory,
@@ -52,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         beats=options.beats,
         oracle=options.oracle,
     )
-    agent = Agent(machine_options, options.agent_socket, workloads)
+    try:
+        agent = Agent(machine_options, options.agent_socket, workloads)
+    except OSError as error:
+        return _complain(f"{options.agent_socket}: {error.strerror}", FAILED)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.ask_to_end())
     # The kernel may deliver the signal to a guest thread; only this wakes the main thread to handle it.
@@ -60,10 +66,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return agent.run()
 
 
+def _complain(reason: str, code: int) -> int:
+    print(f"guest_agent: {reason}", file=sys.stderr)  # noqa: T201 - before there is a log
+    return code
+
+
+def _memory_bytes(text: str) -> int:
+    """Guest RAM as an option: whole pages, and room for more than the guest's own tables."""
+    memory_bytes = int(text)
+    if memory_bytes <= 0 or memory_bytes % PAGE_BYTES or memory_bytes > MEMORY_BYTES_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 to 2^32 whole pages of {PAGE_BYTES} bytes")
+    try:
+        MemoryLayout.for_pages(memory_bytes // PAGE_BYTES)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return memory_bytes
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="guest_agent", description="A guest and the process that holds it.")
     parser.add_argument("--name", required=True, help="for the log")
-    parser.add_argument("--memory", required=True, type=int, metavar="BYTES", help="guest RAM")
+    parser.add_argument("--memory", required=True, type=_memory_bytes, metavar="BYTES", help="guest RAM")
     parser.add_argument("--seed", required=True, type=int, help="of the run")
     parser.add_argument(
         "--vhost-socket", required=True, type=Path, help="where the node's balloon device listens"

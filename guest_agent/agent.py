@@ -122,7 +122,7 @@ class Agent:
             if self._workloads is not None:
                 self._boot(self._workloads)
             self._control.serve(self._keep_going)
-        except GuestAgentError as error:
+        except (GuestAgentError, OSError) as error:
             self._log.exception("agent_failed", reason=str(error))
             return 1
         finally:

@@ -17,6 +17,7 @@ import os
 import select
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -49,7 +50,7 @@ from virtio.vhost_user import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from guest_agent.ram import GuestRam
@@ -153,7 +154,7 @@ class FrontEnd:
         """Connect and serve the back-end channel, again and again, until told to stop."""
         while not self._stopping.is_set():
             try:
-                with self._lock:
+                with self._lock, self._disconnected_on_error():
                     self._connect()
                 self._serve()
                 self._note("the node closed the connection")
@@ -211,6 +212,15 @@ class FrontEnd:
         self._log.info("device_connected", features=hex(self._session.features))
         self._hand_on(events)
 
+    @contextlib.contextmanager
+    def _disconnected_on_error(self) -> Iterator[None]:
+        """Whoever takes the lock next finds a whole connection or none."""
+        try:
+            yield
+        except BaseException:
+            self._disconnect()
+            raise
+
     def _disconnect(self) -> None:
         for connection in (self._main, self._channel):
             if connection is not None:
@@ -237,15 +247,15 @@ class FrontEnd:
                 with self._lock:
                     if self._session is None:
                         return
-                    message = _receive(channel)
+                    message = _receive(channel, time.monotonic() + EXCHANGE_S_MAX)
                     self._hand_on(self._exchange(self._session.feed_backend(message)))
 
     def _queues(self) -> list[int]:
+        """The rings in use. Inflation comes last: a device that serves it has all the others."""
         assert self._session is not None
         features = self._session.features
-        return sorted(
-            [QUEUE_INFLATE, QUEUE_DEFLATE, *(q for bit, q in FEATURE_QUEUES.items() if has(features, bit))]
-        )
+        optional = [queue for bit, queue in FEATURE_QUEUES.items() if has(features, bit)]
+        return sorted([QUEUE_INFLATE, QUEUE_DEFLATE, *optional], reverse=True)
 
     def _start_rings(self) -> None:
         assert self._session is not None
@@ -279,6 +289,7 @@ class FrontEnd:
     def _exchange(self, actions: list[Action]) -> list[Event]:
         """Send what the session says and feed it the answers until it is idle; the events on the way."""
         session, main, channel = self._session, self._main, self._channel
+        deadline = time.monotonic() + EXCHANGE_S_MAX
         assert session is not None
         assert main is not None
         events: list[Event] = []
@@ -293,11 +304,12 @@ class FrontEnd:
                     events.append(action)
             if session.idle:
                 return events
-            actions = session.feed(_receive(main))
+            actions = session.feed(_receive(main, deadline))
 
 
 def _send(connection: socket.socket, message: Message) -> None:
     data = message.to_bytes()
+    connection.settimeout(EXCHANGE_S_MAX)
     if not message.fds:
         connection.sendall(data)
         return
@@ -305,16 +317,20 @@ def _send(connection: socket.socket, message: Message) -> None:
     connection.sendall(data[sent:])
 
 
-def _receive(connection: socket.socket) -> Message:
+def _receive(connection: socket.socket, deadline: float) -> Message:
     """One whole message. Raises OSError (also for silence and for the end), VhostUserError."""
-    header = _receive_bytes(connection, HEADER_BYTES)
+    header = _receive_bytes(connection, HEADER_BYTES, deadline)
     _, _, size = decode_header(header)
-    return decode(header + _receive_bytes(connection, size))
+    return decode(header + _receive_bytes(connection, size, deadline))
 
 
-def _receive_bytes(connection: socket.socket, count: int) -> bytes:
+def _receive_bytes(connection: socket.socket, count: int, deadline: float) -> bytes:
     data = b""
     while len(data) < count:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"no answer within {EXCHANGE_S_MAX} s")
+        connection.settimeout(left)
         part = connection.recv(count - len(data))
         if not part:
             raise ConnectionResetError("the node closed the connection")

@@ -89,13 +89,13 @@ class Machine:
         self._specs = list(specs)
         self._stopping = threading.Event()
         self._threads: list[GuestThread] = []
+        self.workloads: list[Workload] = build_workloads(specs)
         self.frames = FrameTable(ram, boot)
         self.buddy = BuddyAllocator(ram, boot, self.frames)
         self.gate = PauseGate()
         self.clock = GuestClock(clock_ns)
         self._oracle = OracleLog(options.oracle)
         self._guest = Guest(ram=ram, frames=self.frames, buddy=self.buddy, oracle=self._oracle, seed=seed)
-        self.workloads: list[Workload] = build_workloads(specs)
         self.vcpu = Vcpu(self.workloads, self.clock, self.gate, self._stopping)
         self._beats = Beats(options.beats, boot, self.gate, self._stopping)
         area = RingArea(boot.ring_address)
@@ -208,7 +208,6 @@ class Machine:
             pages=self.ram.pages,
             seed=self._seed,
             clock_ns=self.clock.now_ns(),
-            throttle_percent=0,  # throttling is the source's means to converge; the guest arrives free of it
             driver=self.balloon.save(),
             rings=self.balloon.save_rings(),
             ring_bases=self.paused.ring_bases,
@@ -285,6 +284,8 @@ class Machine:
 
 
 def _check_image(ram: GuestRam, boot: BootPage, state: VcpuState) -> None:
+    if not boot.memory_ready:
+        raise RestoreError("the memory image has no memory manager: its guest never booted")
     if state.pages != ram.pages:
         raise RestoreError(f"the state is of a guest of {state.pages} pages, the image has {ram.pages}")
     if state.guest_epoch != boot.guest_epoch:

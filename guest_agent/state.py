@@ -39,7 +39,6 @@ class VcpuState:
     pages: int
     seed: int
     clock_ns: int
-    throttle_percent: int
     driver: dict[str, Any]
     rings: tuple[dict[str, Any], ...]
     ring_bases: tuple[int, ...]
@@ -53,7 +52,6 @@ class VcpuState:
             "pages": self.pages,
             "seed": self.seed,
             "clock_ns": self.clock_ns,
-            "throttle_percent": self.throttle_percent,
             "driver": self.driver,
             "rings": list(self.rings),
             "ring_bases": list(self.ring_bases),
@@ -86,7 +84,6 @@ class VcpuState:
             pages=_integer(document, "pages"),
             seed=_integer(document, "seed"),
             clock_ns=_integer(document, "clock_ns"),
-            throttle_percent=_integer(document, "throttle_percent", 99),
             driver=_object(document, "driver"),
             rings=tuple(_item(ring, "rings") for ring in _list(document, "rings", RINGS, RINGS)),
             ring_bases=tuple(_integer({"ring_bases": base}, "ring_bases", 0xFFFF) for base in bases),

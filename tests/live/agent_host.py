@@ -50,6 +50,7 @@ class Host:
     workloads: list[dict[str, Any]] | None
     batches: list[Any] = field(default_factory=list)
     news: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    memory_bytes: int = MEMORY_BYTES
     arguments: tuple[str, ...] = ("--die-with-parent",)
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class Host:
 
     def start_agent(self, **paths: Path) -> "Host":
         command = [sys.executable, "-m", "guest_agent", *self.arguments, "--seed", "7"]
-        command += ["--name", self.name, "--memory", str(MEMORY_BYTES)]
+        command += ["--name", self.name, f"--memory={self.memory_bytes}"]
         files = {
             "vhost-socket": self.vhost,
             "agent-socket": self.socket,

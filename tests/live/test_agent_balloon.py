@@ -4,6 +4,7 @@ What they prove: held blocks and ballooned pages come back to a guest that needs
 bound whatever the device does, and its STOP always finds a place in the ring.
 """
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -272,3 +273,40 @@ def test_a_device_that_lacks_an_agreed_feature_is_not_taken(guests: Callable[[in
     with pytest.raises(RemoteProtocolError, match="features"):
         guest.balloon.negotiate(1 << 32)
     assert guest.balloon.features == agreed
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(None, id="silence"),
+        pytest.param(b"\xff" * 64, id="garbage"),
+        pytest.param(b"\x01\x00\x00\x00\x05\x00\x00\x00\x08\x00\x00\x00", id="half-a-reply"),
+        pytest.param(b"\x02\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00\x00", id="another-reply"),
+    ],
+)
+def test_a_node_that_talks_nonsense_or_nothing_is_left_for_the_next(
+    guests: Callable[[int], Guest], tmp_path: Path, answer: bytes | None
+) -> None:
+    guest = guests(64 << 20)
+    path = tmp_path / "vhost"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        listener.settimeout(10)
+        guest.start()
+        connection, _ = listener.accept()
+        with connection:
+            if answer is not None:  # else silence: the guest must not be stuck in it
+                connection.sendall(answer)
+            started = time.monotonic()
+            guest.gate.pause(1)
+            assert guest.front_end.stop_rings() == [0] * 5
+            assert time.monotonic() - started < 3
+    path.unlink()
+    guest.gate.open()
+    guest.front_end.start_rings(None)
+    server = BalloonServer(path, sink=lambda _: None, log=DeviceLog())
+    server.start()
+    wait_until(lambda: server.status().ready, "the next node")
+    assert hold(guest, server) > 0
+    server.stop()

@@ -84,6 +84,13 @@ def test_bad_workloads_are_a_usage_error(hosts: Callable[..., Host], content: st
     assert not host.socket.exists()
 
 
+@pytest.mark.parametrize("memory_bytes", [0, -4096, 4097, 1 << 18, 1 << 50])
+def test_an_impossible_memory_size_is_a_usage_error(hosts: Callable[..., Host], memory_bytes: int) -> None:
+    host: Host = hosts("a", WORKLOADS, memory_bytes=memory_bytes).start_agent()
+    assert host.process.wait(20) == 2
+    assert "--memory" in host.log.read_text()
+
+
 def test_a_second_agent_on_the_same_socket_is_refused(guest: Host) -> None:
     second = Host(guest.directory, "a", None)
     second.log = guest.directory / "second.log"
