@@ -27,9 +27,7 @@ from migration.codec import ZERO_PAGE_HASH, page_hashes
 from migration.pages import PAGE_BYTES, pfns_of, set_runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from numpy.typing import NDArray
+    from collections.abc import Iterator, Sequence
 
     from migration.pages import BoolArray, U8Array, U32Array, U64Array
 
@@ -122,7 +120,7 @@ class HostRam:
     # --- reading ----------------------------------------------------------------------------------
 
     def gather(self, pfns: U64Array, out: U8Array, populated: BoolArray) -> None:
-        """Copy the pages `pfns` (any order) into `out`, shape (len(pfns), 4096), once; holes as zeros.
+        """Copy the pages `pfns` (strictly ascending) into `out`, shape (len(pfns), 4096), once; holes as zeros.
 
         `populated` says which pages may be touched; a page that it calls a hole is not read at all.
 
@@ -132,9 +130,12 @@ class HostRam:
         """
         if len(pfns) == 0:
             return
-        starts = np.flatnonzero(np.diff(pfns) != 1) + 1
+        first, last = int(pfns[0]), int(pfns[-1])
+        starts: list[int] = []
+        if last - first + 1 != len(pfns):
+            starts = (np.flatnonzero(np.diff(pfns) != 1) + 1).tolist()
         if len(starts) < len(pfns) // READ_PAGES_PER_CALL_MIN:
-            self._gather_runs(pfns, np.concatenate(([0], starts, [len(pfns)])), out)
+            self._gather_runs(pfns, [0, *starts, len(pfns)], out)
             return
         present = populated[pfns]
         source = pfns
@@ -149,9 +150,9 @@ class HostRam:
         if holes:
             out[~present] = 0
 
-    def _gather_runs(self, pfns: U64Array, bounds: NDArray[np.int64], out: U8Array) -> None:
+    def _gather_runs(self, pfns: U64Array, bounds: Sequence[int], out: U8Array) -> None:
         flat = out.reshape(-1).data
-        for start, end in itertools.pairwise(bounds.tolist()):
+        for start, end in itertools.pairwise(bounds):
             self._read_exactly(int(pfns[start]), flat[start * PAGE_BYTES : end * PAGE_BYTES])
 
     def hash_pages(self) -> U64Array:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from host.guest_memory import HostRam
-    from migration.pages import BoolArray, U64Array
+    from migration.pages import BoolArray, U32Array, U64Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +68,10 @@ class PageReader:
 
     def marker(self, round_index: int) -> OutgoingChunk:
         """A chunk without pages: it asks for an acknowledgement at once."""
-        return self._chunk(round_index, _NO_PFNS, _NO_PFNS, _NO_PFNS, memoryview(b""))
+        return self._chunk(round_index, _NO_PFNS, _NO_PFNS, _NO_PFNS, _NO_DATA)
 
     def _zero_chunk(self, round_index: int, pfns: U64Array) -> OutgoingChunk:
-        return self._chunk(round_index, _NO_PFNS, pfns, _NO_PFNS, memoryview(b""))
+        return self._chunk(round_index, _NO_PFNS, pfns, _NO_PFNS, _NO_DATA)
 
     def _data_chunk(self, round_index: int, pfns: U64Array) -> OutgoingChunk:
         pages = self._buffer[: len(pfns)]
@@ -88,13 +88,26 @@ class PageReader:
         self, round_index: int, pfns: U64Array, zero_pfns: U64Array, hashes: U64Array, data: memoryview
     ) -> OutgoingChunk:
         header = ChunkHeader(self._incarnation, self._attempt, round_index, self.chunks)
-        run_first, run_pages = runs_of(pfns)
-        zero_first, zero_pages = runs_of(zero_pfns)
+        run_first, run_pages, where = _runs(pfns)
+        zero_first, zero_pages, zero_where = _runs(zero_pfns)
         message = encode_chunk(header, run_first, run_pages, zero_first, zero_pages, hashes, data)
-        self.sent_hashes[pfns] = hashes
-        self.sent_hashes[zero_pfns] = ZERO_PAGE_HASH
+        self.sent_hashes[where] = hashes
+        self.sent_hashes[zero_where] = ZERO_PAGE_HASH
         self.chunks += 1
         return OutgoingChunk(message, len(pfns), len(zero_pfns))
 
 
 _NO_PFNS: U64Array = np.empty(0, np.uint64)
+_NO_COUNTS: U32Array = np.empty(0, np.uint32)
+_NO_DATA = memoryview(b"")
+
+
+def _runs(pfns: U64Array) -> tuple[U64Array, U32Array, slice | U64Array]:
+    """runs_of(pfns), and what indexes these pages; the two common cases, nothing and one run, are cheap."""
+    if len(pfns) == 0:
+        return _NO_PFNS, _NO_COUNTS, slice(0, 0)
+    first, last = int(pfns[0]), int(pfns[-1])
+    if last - first + 1 == len(pfns):
+        return pfns[:1], np.array([len(pfns)], np.uint32), slice(first, last + 1)
+    run_first, run_pages = runs_of(pfns)
+    return run_first, run_pages, pfns
