@@ -1,5 +1,7 @@
 """The ring area: nothing of it overlaps, nothing leaves it, and its places never move."""
 
+from itertools import pairwise
+
 from guest_agent.boot import RING_PAGES
 from guest_agent.ring_area import ARRAY_SLOTS, PFN_ARRAY_BYTES, RING_SIZES, RingArea
 from virtio.balloon import CMD_ID_BYTES, QUEUE_COUNT, QUEUE_DEFLATE, QUEUE_HINT, QUEUE_INFLATE
@@ -23,7 +25,7 @@ def spans() -> list[tuple[int, int]]:
 def test_parts_do_not_overlap_and_stay_inside() -> None:
     parts = spans()
     assert parts[0][0] == BASE
-    assert all(end <= start for (_, end), (start, _) in zip(parts, parts[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(parts))
     assert parts[-1][1] <= BASE + RING_PAGES * 4096
 
 
