@@ -167,12 +167,12 @@ def encode_chunk(  # noqa: PLR0917 - the message's fields, in its order
         LocalProtocolError: lists, hashes and data do not fit each other, or exceed a limit.
     """
     view = data.data if isinstance(data, np.ndarray) else memoryview(data)
-    data_pages = int(run_pages.sum())
+    data_pages = hashes.size
     if run_first.size != run_pages.size or zero_first.size != zero_pages.size:
         raise LocalProtocolError("runs of unequal lists")
-    if hashes.size != data_pages or view.nbytes != data_pages * PAGE_BYTES:
+    if int(run_pages.sum()) != data_pages or view.nbytes != data_pages * PAGE_BYTES:
         raise LocalProtocolError(
-            "data does not fit the runs", pages=data_pages, hashes=hashes.size, data=view.nbytes
+            "data does not fit the runs", pages=int(run_pages.sum()), hashes=data_pages, data=view.nbytes
         )
     if data_pages > CHUNK_PAGES_MAX or zero_first.size > ZERO_RUNS_MAX:
         raise LocalProtocolError("chunk too large", data_pages=data_pages, zero_runs=zero_first.size)
@@ -200,12 +200,7 @@ def decode_chunk(message: bytes, *, pages: int) -> DecodedChunk:
     Raises:
         RemoteProtocolError: anything at all is wrong with it.
     """
-    small, data = _split(message)
-    chunk = PageChunk()
-    try:
-        chunk.ParseFromString(small)
-    except DecodeError as error:
-        raise RemoteProtocolError("chunk is no protobuf message", size=len(message)) from error
+    chunk, data = _parse(message)
     header = ChunkHeader(chunk.incarnation, chunk.attempt, chunk.round, chunk.sequence)
     if (
         len(header.incarnation.encode()) > INCARNATION_BYTES_MAX
@@ -270,6 +265,11 @@ def _check_runs(name: str, first: U64Array, count: U32Array, *, pages: int, runs
         raise RemoteProtocolError(f"{name} runs: bad number", first=first.size, count=count.size)
     if not first.size:
         return 0
+    if first.size == 1:  # nearly every chunk of a first round
+        only, length = int(first[0]), int(count[0])
+        if not 0 < length <= pages - only:
+            raise RemoteProtocolError(f"{name} runs: out of range", pages=pages, first=only)
+        return length
     # Bounding `first` before adding keeps the sum from wrapping; a count has 32 bits.
     if int(first.max()) >= pages or not count.all():
         raise RemoteProtocolError(f"{name} runs: out of range", pages=pages, first=int(first.max()))
@@ -310,6 +310,29 @@ def _varint(message: bytes, position: int, *, bytes_max: int) -> tuple[int, int]
         if byte < 0x80:
             return value, position + shift + 1
     raise RemoteProtocolError("chunk: broken varint", position=position)
+
+
+def _parse(message: bytes) -> tuple[PageChunk, memoryview]:
+    """The message's small fields, and a view of `data`, which protobuf never sees."""
+    chunk = PageChunk()
+    data_bytes = len(message) & -PAGE_BYTES
+    prefix = _data_prefix(data_bytes)
+    small_bytes = len(message) - data_bytes - len(prefix)
+    # Ours end with `data`. If protobuf takes everything before it as whole fields, then it would also see
+    # this field here; if it does not, the message is of another shape, and is walked field by field.
+    if small_bytes >= 0 and message.startswith(prefix, small_bytes):
+        try:
+            chunk.ParseFromString(message[:small_bytes])
+        except DecodeError:
+            chunk.Clear()
+        else:
+            return chunk, memoryview(message)[small_bytes + len(prefix) :]
+    small, data = _split(message)
+    try:
+        chunk.ParseFromString(small)
+    except DecodeError as error:
+        raise RemoteProtocolError("chunk is no protobuf message", size=len(message)) from error
+    return chunk, data
 
 
 def _split(message: bytes) -> tuple[bytes, memoryview]:
