@@ -20,11 +20,10 @@ from host.clock import now_ns
 from migration.events import PagesSent
 from migration.pages import PAGE_BYTES
 from migration.pb import migration_pb2
+from source_node.page_reader import OutgoingChunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    from source_node.page_reader import OutgoingChunk
 
 METHOD = "/ballast.v1.Migration/Pages"
 WINDOW_CHUNKS = 64  # 64 MiB at most between guest RAM and the destination's; it acknowledges every 16
@@ -35,7 +34,7 @@ class StreamListener(Protocol):
     """Who is told; from the stream's own threads."""
 
     def pages_sent(self, sent: PagesSent) -> None:
-        """A batch was read and handed to gRPC."""
+        """A batch was read; its last chunk is on its way to gRPC."""
 
     def all_acknowledged(self) -> None:
         """What `await_acknowledgements` asked for."""
@@ -60,7 +59,7 @@ class PageStream:
         self._stored_below = 0
         self._closing = False
         self._ended = False
-        self._batches: queue.SimpleQueue[Iterable[OutgoingChunk] | None] = queue.SimpleQueue()
+        self._batches: queue.SimpleQueue[Iterable[OutgoingChunk] | OutgoingChunk | None] = queue.SimpleQueue()
         pages: grpc.StreamStreamMultiCallable[bytes, migration_pb2.ChunkAck] = channel.stream_stream(
             METHOD,
             request_serializer=None,
@@ -76,7 +75,7 @@ class PageStream:
 
     def await_acknowledgements(self, marker: OutgoingChunk) -> None:
         """Send a chunk that asks for an acknowledgement, and wait for it aside -> all_acknowledged."""
-        self._batches.put(self._then_await(marker))
+        self._batches.put(marker)
 
     def close(self, timeout_s: float) -> bool:
         """Half-close and wait until the destination ended the call; False when it did not in time."""
@@ -100,15 +99,26 @@ class PageStream:
     def _requests(self) -> Iterator[bytes]:
         while (batch := self._batches.get()) is not None:
             try:
-                yield from self._messages(batch)
+                if isinstance(batch, OutgoingChunk):
+                    yield from self._messages((batch,))
+                    self._await_all()
+                else:
+                    yield from self._messages(batch)
             except Exception as error:
                 # gRPC would only log it and leave the call open: the migration has to hear of it.
                 self._listener.stream_lost(f"pages cannot be read: {type(error).__name__}: {error}")
                 raise
 
     def _messages(self, batch: Iterable[OutgoingChunk]) -> Iterator[bytes]:
+        """The messages of a batch.
+
+        That it is read is told before its last chunk goes, so that the next batch is here when gRPC asks for it:
+        a stream that waits for its next batch stands still.
+        """
         data_pages = zero_pages = 0
-        for chunk in batch:
+        chunks = iter(batch)
+        chunk = next(chunks, None)
+        while chunk is not None:
             if not self._wait_for_turn(len(chunk.message)):
                 return
             self.sent_chunks += 1
@@ -116,9 +126,10 @@ class PageStream:
             data_pages += chunk.data_pages
             zero_pages += chunk.zero_pages
             self.batch_sent = PagesSent(data_pages, zero_pages, data_pages * PAGE_BYTES)
-            yield chunk.message
-        if data_pages or zero_pages:
-            self._listener.pages_sent(self.batch_sent)
+            message, chunk = chunk.message, next(chunks, None)
+            if chunk is None and (data_pages or zero_pages):
+                self._listener.pages_sent(self.batch_sent)
+            yield message
 
     def _wait_for_turn(self, message_bytes: int) -> bool:
         """Wait for room in the window and for the bandwidth's next slot; False when the stream is over."""
@@ -139,8 +150,7 @@ class PageStream:
     def _over(self) -> bool:
         return self._closing or self._ended
 
-    def _then_await(self, marker: OutgoingChunk) -> Iterator[OutgoingChunk]:
-        yield marker
+    def _await_all(self) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._over or self._stored_below == self.sent_chunks)
             complete = self._stored_below == self.sent_chunks
