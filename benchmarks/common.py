@@ -57,7 +57,15 @@ class Run:
 def run_scenario_file(scenario: Path, out: Path, *options: str) -> Run:
     """`ballast run`, in a process of its own; a run that is not valid stops the benchmark."""
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("ballast")), "run", str(scenario), "--out", str(out), "--json", *options],
+        [
+            str(Path(sys.executable).with_name("ballast")),
+            "run",
+            str(scenario),
+            "--out",
+            str(out),
+            "--json",
+            *options,
+        ],
         check=False,
         capture_output=True,
         text=True,

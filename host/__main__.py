@@ -101,7 +101,6 @@ def serve(options: argparse.Namespace, stop: threading.Event) -> None:
         stack.callback(balloon.stop)
         link = AgentLink(options.agent_socket)
         guest = LocalGuest(link, events)
-        link.on_notify = guest.notified
         context = HostContext(
             name=options.name,
             run_dir=options.run_dir,

@@ -37,6 +37,9 @@ class LocalGuest:
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._attach, name="attach-guest", daemon=True)
         self._on_attached: Callable[[], None] = lambda: None
+        self._lost_listener: Callable[[str], None] | None = None
+        link.on_notify = self._notified
+        link.on_lost = self._lost
 
     @property
     def attached(self) -> bool:
@@ -64,6 +67,19 @@ class LocalGuest:
         """The agent's own account of the guest. Raises AgentLost."""
         return self.link.hello()
 
+    def alive(self) -> bool:
+        """Whether the agent answers, if need be over a new connection. Not for the link's own thread."""
+        try:
+            self.link.connect(timeout=0.0)
+            self.link.hello()
+        except AgentLost:
+            return False
+        return True
+
+    def listen_for_loss(self, listener: Callable[[str], None] | None) -> None:
+        """Have one listener told, on the link's thread, when the agent's connection breaks."""
+        self._lost_listener = listener
+
     def take_ram(self) -> HostRam:
         """Receive the running guest's RAM and dirty tracking from the agent (again).
 
@@ -73,7 +89,11 @@ class LocalGuest:
         info = self.link.ram()
         with self._lock:
             self._drop()
-            self.ram = HostRam(info.memfd, info.memory_bytes)
+            try:
+                self.ram = HostRam(info.memfd, info.memory_bytes)
+            except BaseException:
+                info.close()
+                raise
             self.write_protect_reason = info.write_protect_reason
             if info.pagemap_fd is not None:
                 self.scanner = WriteScanner(info.pagemap_fd, info.base_address, self.ram.pages)
@@ -84,8 +104,12 @@ class LocalGuest:
         with self._lock:
             self._drop()
 
-    def notified(self, event: str, fields: Mapping[str, object]) -> None:
-        """The agent told something by itself."""
+    def _lost(self, reason: str) -> None:
+        self._events.add("guest_link_lost", reason=reason)
+        if (listener := self._lost_listener) is not None:
+            listener(reason)
+
+    def _notified(self, event: str, fields: Mapping[str, object]) -> None:
         if event == "ready":
             self._announce_ready()
         else:
@@ -117,7 +141,9 @@ class LocalGuest:
             return
 
     def _drop(self) -> None:
-        self.scanner = None
+        if self.scanner is not None:
+            self.scanner.close()
+            self.scanner = None
         if self.ram is not None:
             self.ram.close()
             self.ram = None

@@ -44,12 +44,16 @@ def keep_large_blocks() -> None:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the starting thread's process ends (prctl(2)).
+    """Ask the kernel for SIGKILL when the thread that started us ends (prctl(2)).
 
     Raises:
         OSError: the kernel refused.
+        SystemExit: the starter is gone already.
     """
+    parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+    if os.getppid() != parent or parent == 1:
+        sys.exit("the process that started this one is gone")

@@ -77,6 +77,7 @@ class MigrationRun:
         self._timers: dict[told.Timer, int] = {}
         self._watch = Stopwatch()
         self._progress_ns = 0
+        self._progress_bytes = 0
         self._destination: Destination | None = None
         self._reader: PageReader | None = None
         self._stream: PageStream | None = None
@@ -145,6 +146,7 @@ class MigrationRun:
         )
         self._watch.requested_ns = now_ns()
         self._host.hints.listen(self._on_hints)
+        self._host.guest.listen_for_loss(lambda why: self._post(told.HostFailed(why)))
         try:
             self._feed(
                 told.MigrationRequested(
@@ -185,8 +187,9 @@ class MigrationRun:
         rounds = self._machine.round_set
         if rounds is None or self._stream is None or instant - self._progress_ns < PROGRESS_PERIOD_NS:
             return
-        self._progress_ns = instant
+        since_ns, self._progress_ns = self._progress_ns or instant - PROGRESS_PERIOD_NS, instant
         ledger, batch = rounds.ledger, self._stream.batch_sent
+        payload_bytes = self._wire.payload_bytes + ledger.payload_bytes + batch.payload_bytes
         self._host.events.add(
             "progress",
             round=rounds.index,
@@ -194,8 +197,10 @@ class MigrationRun:
             zero_pages=ledger.zero_pages + batch.zero_pages,
             skipped_pages=ledger.skipped_pages,
             remaining_pages=rounds.remaining,
-            payload_bytes=self._wire.payload_bytes + ledger.payload_bytes + batch.payload_bytes,
+            payload_bytes=payload_bytes,
+            rate_bytes_per_s=round((payload_bytes - self._progress_bytes) * 1e9 / (instant - since_ns)),
         )
+        self._progress_bytes = payload_bytes
 
     # -- told by the page stream -----------------------------------------------------------------
 
@@ -404,7 +409,11 @@ class MigrationRun:
         """Release everything, write what a judge will ask for, tell the outcome."""
         self._watch.ended_ns = now_ns()
         self._host.hints.listen(None)
+        self._host.guest.listen_for_loss(None)
         outcome = self._outcome or do.EndMigration("failed", "internal error, see the node's log")
+        if outcome.outcome != "completed" and not self._host.guest.alive():
+            # Its RAM and its vCPU state were in that process: there is nothing left that anybody could run.
+            outcome = do.EndMigration("guest_lost", outcome.reason)
         byte_counts = self._wire.totals(self._machine.ledger, self._stream, self._destination)
         if self._stream is not None:
             self._stream.cancel()

@@ -128,7 +128,8 @@ class PageStream:
             self.batch_sent = PagesSent(data_pages, zero_pages, data_pages * PAGE_BYTES)
             message, chunk = chunk.message, next(chunks, None)
             if chunk is None and (data_pages or zero_pages):
-                self._listener.pages_sent(self.batch_sent)
+                sent, self.batch_sent = self.batch_sent, PagesSent(0, 0, 0)  # from here on the ledger has it
+                self._listener.pages_sent(sent)
             yield message
 
     def _wait_for_turn(self, message_bytes: int) -> bool:
