@@ -27,12 +27,11 @@ from migration.codec import ZERO_PAGE_HASH, page_hashes
 from migration.pages import PAGE_BYTES, pfns_of, set_runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from migration.pages import BoolArray, U8Array, U32Array, U64Array
 
 WORDS_PER_PAGE = PAGE_BYTES // 8
-READ_PAGES_PER_CALL_MIN = 8  # mean run length from which pread beats the mapping
 HASH_BUFFER_PAGES = 256  # 1 MiB: stays in the second-level cache between pread and hash
 
 # fallocate(2); Python has only posix_fallocate, which cannot punch.
@@ -119,39 +118,21 @@ class HostRam:
 
     # --- reading ----------------------------------------------------------------------------------
 
-    def gather(self, pfns: U64Array, out: U8Array, populated: BoolArray) -> None:
+    def gather(self, pfns: U64Array, out: U8Array) -> None:
         """Copy the pages `pfns` (strictly ascending) into `out`, shape (len(pfns), 4096), once; holes as zeros.
 
-        `populated` says which pages may be touched; a page that it calls a hole is not read at all.
-
-        Long runs are read by pread, which touches no mapping: a first round reads every page once, and a
-        page's first touch through a mapping costs more than its copy (0.15 against 0.5 ms per MiB). Scattered
-        pages are taken from the mapping: a system call per page would cost more than the touch.
+        Every run is one pread: it neither maps nor allocates anything, whether a page is there or not.
+        Measured per MiB: 0.16 ms in one run, as through a fresh mapping; 0.3 ms in 256 single pages, against
+        0.24 ms, which would allocate every hole that was punched since somebody looked.
         """
         if len(pfns) == 0:
             return
         first, last = int(pfns[0]), int(pfns[-1])
-        starts: list[int] = []
-        if last - first + 1 != len(pfns):
-            starts = (np.flatnonzero(np.diff(pfns) != 1) + 1).tolist()
-        if len(starts) < len(pfns) // READ_PAGES_PER_CALL_MIN:
-            self._gather_runs(pfns, [0, *starts, len(pfns)], out)
-            return
-        present = populated[pfns]
-        source = pfns
-        if not present.any():
-            out[:] = 0
-            return
-        holes = not present.all()
-        if holes:  # for a hole, read a page that is there and then forget it: no allocation
-            source = np.where(present, pfns, pfns[int(present.argmax())])
-        # "clip" only spares a buffered check: the indices are inside, `populated[pfns]` raised otherwise.
-        np.take(self.pages_view, source.view(np.int64), axis=0, out=out, mode="clip")
-        if holes:
-            out[~present] = 0
-
-    def _gather_runs(self, pfns: U64Array, bounds: Sequence[int], out: U8Array) -> None:
         flat = out.reshape(-1).data
+        if last - first + 1 == len(pfns):
+            self._read_exactly(first, flat)
+            return
+        bounds = [0, *(np.flatnonzero(np.diff(pfns) != 1) + 1).tolist(), len(pfns)]
         for start, end in itertools.pairwise(bounds):
             self._read_exactly(int(pfns[start]), flat[start * PAGE_BYTES : end * PAGE_BYTES])
 

@@ -323,7 +323,7 @@ class MigrationRun:
         else:
             self._tracker = HashTracker(self._ram, self._reader.sent_hashes, log_)
         self._tracker.start()
-        self._reader.begin_round()
+        self._reader.find_holes()
         self._watch.first_round_ns = now_ns()
         self._post(told.TrackingStarted())
 
@@ -331,7 +331,6 @@ class MigrationRun:
         assert self._tracker is not None, "tracking was not started"
         started_ns = now_ns()
         dirty = self._tracker.harvest()
-        self._ram_reader.begin_round()
         duration_ns = now_ns() - started_ns
         if self._machine.phase is SourcePhase.FINAL_HARVESTING:
             self._watch.parts_ns["harvest"] = duration_ns

@@ -1,8 +1,9 @@
 """Turns page numbers into chunks: one gather of live RAM, then everything sees only the private copy.
 
 Rule 1: RAM is live. A page is copied exactly once; its zero test and its hash are of that copy.
-Rule 2: a page that is a hole of the memfd is zero and is never read through a mapping (that would allocate it).
-        The mask of holes is taken after the harvest that made the round: a page filled later is dirty later.
+Rule 2: where zero pages are detected, round 1 sends the memfd's holes as zero records without reading them. The
+        holes are looked up after tracking was armed: a page filled later is dirty later. Later rounds hold
+        pages that were just written, and read them.
 Rule 3: `sent_hashes` says, per page, the hash of the bytes that were sent last; 0 means never sent.
 """
 
@@ -50,16 +51,17 @@ class PageReader:
         self._attempt = attempt
         self._detects_zero = detects_zero
         self._buffer = np.empty((CHUNK_PAGES_MAX, PAGE_BYTES), np.uint8)
-        self._populated: BoolArray = np.ones(ram.pages, np.bool_)
+        self._holes: BoolArray | None = None
 
-    def begin_round(self) -> None:
-        """Look anew where the holes are. To be called after the round's harvest (Rule 2)."""
-        self._populated = self._ram.populated()
+    def find_holes(self) -> None:
+        """Look where the holes are (Rule 2). To be called once tracking is armed."""
+        if self._detects_zero:
+            self._holes = ~self._ram.populated()
 
     def chunks_of(self, round_index: int, pfns: U64Array) -> Iterator[OutgoingChunk]:
         """The chunks that carry these pages (ascending), each at most CHUNK_PAGES_MAX data pages."""
-        if self._detects_zero:
-            holes = ~self._populated[pfns]
+        if self._holes is not None and round_index == 1:
+            holes = self._holes[pfns]
             if holes.any():
                 yield self._zero_chunk(round_index, pfns[holes])
                 pfns = pfns[~holes]
@@ -75,7 +77,7 @@ class PageReader:
 
     def _data_chunk(self, round_index: int, pfns: U64Array) -> OutgoingChunk:
         pages = self._buffer[: len(pfns)]
-        self._ram.gather(pfns, pages, self._populated)
+        self._ram.gather(pfns, pages)
         zero_pfns = _NO_PFNS
         if self._detects_zero:
             zero = zero_pages_mask(pages)
