@@ -27,6 +27,7 @@ F_DEFLATE_ON_OOM = 2
 F_FREE_PAGE_HINT = 3
 F_PAGE_POISON = 4
 F_REPORTING = 5
+F_HINT_WAIT_ON_ACK = 6  # a kernel RFC of 2026: a hinted block is used again only after its buffer was
 F_SG = 23
 # Feature bit numbers of every device, section 6.
 F_RING_INDIRECT_DESC = 28

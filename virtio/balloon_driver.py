@@ -7,6 +7,8 @@ Rule 2: `actual` changes when the device acknowledged, and is written to the con
 Rule 3: a command id is reported for once: what counts is the id last read against the id last reported for. A
         running report ends as soon as the two differ; DONE gives the held pages back, after the report ended.
 Rule 4: short of memory the driver stops where it is: no second try before the target changes or `Retry`.
+Rule 5: a guest that expects freed memory to keep a value accepts reporting only together with PAGE_POISON, by
+        which the device learns the value (section 5.5.3); for hints of blocks it does not hold, likewise.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from virtio.balloon import (
     F_DEFLATE_ON_OOM,
     F_FREE_PAGE_HINT,
     F_MUST_TELL_HOST,
+    F_PAGE_POISON,
+    F_REPORTING,
     F_RING_INDIRECT_DESC,
     F_VERSION_1,
     PFN_ARRAY_MAX,
@@ -149,8 +153,18 @@ class BalloonDriver:
         command_id_active: the id last reported for.
     """
 
-    def __init__(self, *, wanted: int = FEATURES_WANTED, batch_pages: int = PFN_ARRAY_MAX) -> None:
+    def __init__(
+        self,
+        *,
+        wanted: int = FEATURES_WANTED,
+        batch_pages: int = PFN_ARRAY_MAX,
+        poison: int | None = None,
+        holds_hinted: bool = True,
+    ) -> None:
         """A driver that accepts at most `wanted` features and moves `batch_pages` at a time.
+
+        `poison` is the value that freed memory keeps, None when nobody expects any; `holds_hinted`: hinted
+        blocks stay allocated until DONE, and whoever releases them initialises them (section 5.5.6.5.1).
 
         Batches are bounded because pages that are allocated and not yet ballooned cannot be found by whoever
         runs out of memory meanwhile.
@@ -161,6 +175,8 @@ class BalloonDriver:
         self.command_id_received = CMD_ID_STOP
         self.command_id_active = CMD_ID_STOP
         self._wanted = wanted
+        self._poison = poison
+        self._holds_hinted = holds_hinted
         self._batch_pages = batch_pages
         self._operation: _Operation | None = None
         self._reporting = False
@@ -174,8 +190,20 @@ class BalloonDriver:
         """
         if not has(offered, F_VERSION_1):
             raise DeviceProtocolError("features", f"{offered:#x} lacks VERSION_1")
-        self.features = offered & self._wanted
-        return self.features
+        accepted = offered & self._wanted
+        if self._poison is None:
+            accepted &= ~mask(F_PAGE_POISON)  # nothing to tell: free memory holds anything
+        elif not has(accepted, F_PAGE_POISON):
+            accepted &= ~mask(F_REPORTING)
+            if not self._holds_hinted:
+                accepted &= ~mask(F_FREE_PAGE_HINT)
+        self.features = accepted
+        return accepted
+
+    @property
+    def poison_to_write(self) -> int | None:
+        """The poison_val to write before DRIVER_OK (section 5.5.6.6), None when it was not negotiated."""
+        return self._poison if has(self.features, F_PAGE_POISON) else None
 
     @property
     def report_continues(self) -> bool:
