@@ -298,7 +298,8 @@ class Intake:
             self._host.balloon.hints_done()
             self._host.events.add("hints_done")
         if self._found_hashes is not None:
-            self._found_hashes.astype("<u8").tofile(self._host.artefacts_dir / "dest_hashes")
+            self._found_hashes.astype("<u8", copy=False).tofile(self._host.artefacts_dir / "dest_hashes")
+            self._found_hashes = None
 
     def _discard(self) -> None:
         receiver = self._receiver

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from host.guest_memory import HostRam
     from migration.pages import U64Array
 
+COMPARED_PAGES = 1 << 16
+
 
 class PageReceiver:
     """One attempt's memory and what is known of it."""
@@ -106,6 +108,10 @@ class PageReceiver:
 
     def difference(self, found: U64Array) -> int | None:
         """The first page that does not read back as it was stored (or zero, if never named); else None."""
-        expected = np.where(self.stored_hashes == 0, np.uint64(ZERO_PAGE_HASH), self.stored_hashes)
-        wrong = np.flatnonzero(found != expected)
-        return int(wrong[0]) if len(wrong) else None
+        for start in range(0, len(found), COMPARED_PAGES):  # in steps: a copy of all hashes is 2 MiB per GiB
+            stored = self.stored_hashes[start : start + COMPARED_PAGES]
+            expected = np.where(stored == 0, np.uint64(ZERO_PAGE_HASH), stored)
+            wrong = np.flatnonzero(found[start : start + COMPARED_PAGES] != expected)
+            if len(wrong):
+                return start + int(wrong[0])
+        return None

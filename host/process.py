@@ -13,7 +13,7 @@ import structlog
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BLOCK_BYTES_MAX = 32 << 20  # glibc's own upper limit for the threshold
-KEPT_TOP_BYTES = 64 << 20  # what a node may keep at most: its memory is bounded by 200 MiB
+KEPT_TOP_BYTES = 16 << 20  # per arena, and there are few: a node's own memory stays below 200 MiB
 
 
 def configure_logging() -> None:

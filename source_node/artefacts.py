@@ -26,7 +26,7 @@ def write_artefacts(host: HostContext, ram: HostRam, sent_hashes: U64Array, inte
     sent[sent_hashes == 0] = NEVER_SENT
     arrays = {"frames": host.guest.link.frames(), "sent": sent.astype(np.uint8)}
     if integrity == "full":
-        arrays["source_hashes"] = ram.hash_pages().astype("<u8")
+        arrays["source_hashes"] = ram.hash_pages().astype("<u8", copy=False)
     for name, array in arrays.items():
         array.tofile(host.artefacts_dir / name)
     return sorted(arrays)
