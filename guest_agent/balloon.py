@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from guest_agent.buddy import PRESSURE_BALLOON, PRESSURE_HELD
 from guest_agent.errors import RestoreError
 from guest_agent.frames import OWNER_BALLOON, FrameKind
 from guest_agent.hint_report import ROOM_WAIT_S_MAX, HintReport
 from guest_agent.pfn_arrays import PfnArrays
+from guest_agent.pressure import PRESSURE_BALLOON, PRESSURE_HELD
 from guest_agent.ring_area import ARRAY_SLOTS
 from virtio.balloon import CMD_ID_DONE, CMD_ID_STOP, PFN_ARRAY_MAX, QUEUE_DEFLATE, QUEUE_HINT, QUEUE_INFLATE
 from virtio.balloon_driver import (

@@ -13,24 +13,23 @@ Rule 5: bulk operations work on runs and blocks; a loop over pages exists only f
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from enum import IntEnum
-from typing import Final, Self
+from collections.abc import Callable
+from typing import Any, Final, Self
 
 import numpy as np
 
+from guest_agent import free_walk
 from guest_agent.arrays import I64Array, U8Array, U64Array, distinct, expand_runs, runs_of
 from guest_agent.boot import ORDER_MAX, ORDERS, BootPage, free_map_blocks
 from guest_agent.buddy_check import find_problems
 from guest_agent.errors import OutOfMemory, RestoreError
 from guest_agent.frames import FrameKind, FrameTable
+from guest_agent.migrate_types import FALLBACKS, TYPES, MigrateType
+from guest_agent.poison import Poison
+from guest_agent.pressure import Pressure, PressureHook
 from guest_agent.ram import GuestRam
+from guest_agent.reported import REPORT_ORDER, Reported
 from guest_agent.zones import low_watermark, zones_of
-
-# The order in which an allocation that fell short asks for memory back (FACTS section 2, hazard 11).
-PRESSURE_HELD: Final = 0
-PRESSURE_CACHE: Final = 10
-PRESSURE_BALLOON: Final = 20
 
 _RECENT_MAX: Final = 1024  # freed blocks remembered per list; what falls out is found by the next scan
 _REFILL: Final = 256  # blocks one scan brings for single allocations
@@ -40,30 +39,7 @@ _SINGLY_MAX: Final = 24  # below it, single frees cost less than setting up the 
 _NONE: Final[I64Array] = np.empty(0, dtype=np.int64)
 
 
-class MigrateType(IntEnum):
-    """What a pageblock's pages are good for (mm/page_alloc.c)."""
-
-    UNMOVABLE = 0
-    MOVABLE = 1
-    RECLAIMABLE = 2
-
-
-TYPES: Final = len(MigrateType)
-
-# Whom to take from when a type has nothing left, as Linux does.
-_FALLBACKS: Final = {
-    MigrateType.UNMOVABLE: (MigrateType.UNMOVABLE, MigrateType.RECLAIMABLE, MigrateType.MOVABLE),
-    MigrateType.MOVABLE: (MigrateType.MOVABLE, MigrateType.RECLAIMABLE, MigrateType.UNMOVABLE),
-    MigrateType.RECLAIMABLE: (MigrateType.RECLAIMABLE, MigrateType.UNMOVABLE, MigrateType.MOVABLE),
-}
 _STEAL_PAGEBLOCK_ORDER: Final = ORDER_MAX // 2  # taking that much of a foreign pageblock converts all of it
-
-
-class _Relieving(threading.local):
-    active = False
-
-
-PressureHook = Callable[[int], int]
 
 
 class BuddyAllocator:
@@ -74,7 +50,7 @@ class BuddyAllocator:
 
     Attributes:
         lock: guards maps, frame table and counts; re-entrant. free_pages: pages in free blocks, all zones.
-        reserve_pages: the low watermark that alloc_blocks leaves.
+        reserve_pages: the low watermark that alloc_blocks leaves. poison: what freed pages are filled with.
     """
 
     def __init__(self, ram: GuestRam, boot: BootPage, frames: FrameTable) -> None:
@@ -83,8 +59,9 @@ class BuddyAllocator:
         self.frames = frames
         self.zones = zones_of(ram.pages)
         self.reserve_pages = low_watermark(ram.pages)
-        self._hooks: list[tuple[int, PressureHook]] = []
-        self._relieving = _Relieving()
+        self.pressure = Pressure()
+        self.reported = Reported(ram.pages)
+        self.poison: Poison | None = None
         self._attach(ram, boot)
         if not boot.memory_ready:
             self._format(boot)
@@ -168,7 +145,7 @@ class BuddyAllocator:
                     self.frames.owner[pfn] = owner
                     self.frames.index[pfn] = index
                     return pfn
-            if not self._relieve(1 << order):
+            if not self.pressure.relieve(1 << order):
                 raise OutOfMemory(
                     f"no block of order {order}: {self.free_pages} pages free, all in smaller ones"
                 )
@@ -198,7 +175,7 @@ class BuddyAllocator:
                     self.frames.mark_pages(pfns, kind, owner, index_first)
                     return pfns.view(np.uint64)
                 missing = count - self.free_pages
-            if not self._relieve(missing):
+            if not self.pressure.relieve(missing):
                 raise OutOfMemory(f"{count} pages wanted, {self.free_pages} free")
 
     def alloc_blocks(
@@ -235,7 +212,7 @@ class BuddyAllocator:
                     block = self._find(zone_index, current, migrate_type)
                     return self._split(zone_index, block, current, order, migrate_type)
             for current in range(ORDER_MAX, order - 1, -1):  # steal the largest: it fragments least
-                for other in _FALLBACKS[migrate_type][1:]:
+                for other in FALLBACKS[migrate_type][1:]:
                     if counts[current][other]:
                         block = self._find(zone_index, current, other)
                         rest = other
@@ -261,6 +238,8 @@ class BuddyAllocator:
         self._cells[current][block] = 0
         self._counts[zone_index][current][rest_type] -= 1
         self.free_pages -= 1 << order
+        if current >= REPORT_ORDER:
+            self.reported.block_taken(block << current, order)
         while current > order:
             current -= 1
             block <<= 1
@@ -285,7 +264,7 @@ class BuddyAllocator:
         pieces, left = [_NONE], count
         for zone_index in range(len(self.zones) - 1, -1, -1):
             counts = self._counts[zone_index]
-            for source in _FALLBACKS[migrate_type]:
+            for source in FALLBACKS[migrate_type]:
                 for order in range(ORDER_MAX, unit_order - 1, -1):
                     if blocks_wanted := min(left >> (order - unit_order), counts[order][source]):
                         blocks = self._take_many(zone_index, order, source, blocks_wanted)
@@ -321,6 +300,8 @@ class BuddyAllocator:
         blocks = self._scan(zone_index, order, migrate_type, count)
         assert blocks.size == count, (order, migrate_type, blocks.size, count)
         self._maps[order][blocks] = 0
+        if order >= REPORT_ORDER:
+            self.reported.blocks_taken(order, blocks)
         self._counts[zone_index][order][migrate_type] -= count
         self.free_pages -= count << order
         return blocks
@@ -349,6 +330,8 @@ class BuddyAllocator:
         with self.lock:
             kinds = self.frames.kind[pfn : pfn + (1 << order)]
             assert kinds.all(), (pfn, order)  # FREE is 0: nothing is freed twice
+            if self.poison is not None:
+                self.poison.fill_runs([(pfn, pfn + (1 << order))])
             kinds[:] = FrameKind.FREE
             self.frames.owner[pfn] = 0
             self._insert_one(pfn, order)
@@ -371,6 +354,8 @@ class BuddyAllocator:
             assert self.frames.kind[ascending].all(), "a block is freed that is free"
             self.frames.clear_blocks(ascending, order)
             starts, ends = runs_of(ascending >> order)
+            if self.poison is not None:
+                self.poison.fill_runs(zip((starts << order).tolist(), (ends << order).tolist(), strict=True))
             self._insert_runs(starts << order, ends << order)
 
     def _insert_one(self, pfn: int, order: int) -> None:
@@ -431,51 +416,59 @@ class BuddyAllocator:
                 self._counts[key // TYPES][order][key % TYPES] += each * count
 
     def add_pressure_hook(self, priority: int, hook: PressureHook) -> None:
-        """Let an allocation that falls short ask hook(pages_wanted) -> pages_released, low priority first.
-
-        Hooks run outside the lock, in the allocating thread. An allocation made by a hook asks no hooks
-        itself.
-        """
-        self._hooks = sorted([*self._hooks, (priority, hook)], key=lambda entry: entry[0])
+        """Let an allocation that falls short ask hook(pages_wanted) -> pages_released (see Pressure)."""
+        self.pressure.add(priority, hook)
 
     def remove_pressure_hook(self, hook: PressureHook) -> None:
         """Forget a hook."""
-        self._hooks = [entry for entry in self._hooks if entry[1] != hook]
+        self.pressure.remove(hook)
 
-    def _relieve(self, pages_wanted: int) -> bool:
-        """Ask the hooks; whether they released anything, so that trying again makes sense."""
-        if self._relieving.active:
-            return False
-        self._relieving.active = True
-        try:
-            released = 0
-            for _, hook in self._hooks:
-                released += hook(pages_wanted - released)
-                if released >= pages_wanted:
-                    break
-            return released > 0
-        finally:
-            self._relieving.active = False
+    def walk_free_mem_block(
+        self, opaque: Any, min_order: int, report_pfn_range: Callable[[Any, int, int], bool]
+    ) -> bool:
+        """Report every free block of min_order or more (free_walk.walk); False: the callback ended it."""
+        return free_walk.walk(self, opaque, min_order, report_pfn_range)
 
-    def walk_free_blocks(self, min_order: int = ORDER_MAX) -> Iterator[tuple[int, int]]:
-        """Free blocks as (first page, pages): per zone, from the highest order down, per migrate type.
+    def walk_free_blocks(self, min_order: int = ORDER_MAX) -> list[tuple[int, int]]:
+        """All free blocks as (first page, pages), in the order of the walk, read under the lock."""
+        with self.lock:
+            zones = range(len(self.zones))
+            return [block for zone in zones for block in free_walk.free_blocks(self, zone, min_order)]
 
-        Each list is read under the lock; hold the lock around the walk where nothing may change in between.
-        There is no promise that a range is still free afterwards (Linux's walk_free_mem_block made none
-        either).
+    def free_map_of(self, zone_index: int, order: int) -> tuple[int, U8Array]:
+        """(first block, map) of one zone and order, as they are; hold the lock."""
+        return self.zones[zone_index].pfn_first >> order, self._zone_map(zone_index, order)
+
+    def isolate_unreported(self, order: int, count_max: int, owner: int) -> U64Array:
+        """Take free blocks of exactly this order that were not reported since somebody had them last.
+
+        Returns:
+            their first pages; return_reported() gives them back.
         """
-        for zone_index, zone in enumerate(self.zones):
-            for order in range(ORDER_MAX, min_order - 1, -1):
-                for migrate_type in MigrateType:
-                    with self.lock:
-                        free = np.flatnonzero(self._zone_map(zone_index, order) == migrate_type + 1)
-                    for block in (free + (zone.pfn_first >> order)).tolist():
-                        yield block << order, 1 << order
+        with self.lock:
+            blocks = self.reported.unreported(order, np.flatnonzero(self._maps[order]))[:count_max]
+            if blocks.size:
+                self._maps[order][blocks] = 0
+                self._count(order, blocks, -1)
+                self.free_pages -= int(blocks.size) << order
+                self.frames.mark_blocks(blocks << order, order, FrameKind.HELD, owner)
+            return (blocks << order).astype(np.uint64)
+
+    def return_reported(self, heads: U64Array, order: int) -> None:
+        """The host knows of these blocks: free again as they are, and not to be reported until used again."""
+        ascending = np.sort(heads.astype(np.int64))
+        with self.lock:
+            self.reported.mark(order, ascending >> order)
+            self.frames.clear_blocks(ascending, order)
+            starts, ends = runs_of(ascending >> order)
+            self._insert_runs(starts << order, ends << order)
 
     def check(self) -> list[str]:
         """Problems of the maps, against the frame table and the derived counts; none when all is sound."""
         with self.lock:
             problems = find_problems(self.pages, self._maps, self._pageblocks, self.frames)
+            if self.poison is not None:
+                problems += self.poison.problems(self.frames)
             counts, free_pages = self._counts, self.free_pages
             keep = self._cursors, self._recent
             self._rebuild()

@@ -15,10 +15,10 @@ from typing import Any, Final
 import numpy as np
 
 from guest_agent.arrays import PAGE_BYTES, PAGE_WORDS, U8Array, U64Array
-from guest_agent.buddy import PRESSURE_CACHE
 from guest_agent.errors import WorkloadError
 from guest_agent.frames import FrameKind
 from guest_agent.oracle import VALUE_KIND_FIRST, Expectations
+from guest_agent.pressure import PRESSURE_CACHE
 from guest_agent.workloads.base import IDLE_NS, Guest, Workload, problem_line, register_integer
 from guest_agent.workloads.content import chunks_of, generator_at, stream_key, word_sums
 from guest_agent.workloads.options import Options

@@ -11,14 +11,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from guest_agent.boot import BootPage
 from guest_agent.buddy import (
     ORDER_MAX,
-    PRESSURE_BALLOON,
-    PRESSURE_CACHE,
-    PRESSURE_HELD,
     BuddyAllocator,
     MigrateType,
 )
 from guest_agent.errors import OutOfMemory, RestoreError
 from guest_agent.frames import OWNER_BALLOON, OWNER_HINT, FrameKind, FrameTable
+from guest_agent.pressure import PRESSURE_BALLOON, PRESSURE_CACHE, PRESSURE_HELD
 from guest_agent.ram import GuestRam
 
 PAGE_BYTES = 4096
