@@ -25,6 +25,10 @@ class WorkloadError(GuestAgentError):
     """A workload's options are invalid, or its set-up cannot be done in this guest."""
 
 
+class XBitmapError(GuestAgentError):
+    """A sparse bitmap could not get what it needs; it is as it was."""
+
+
 class OperationRefused(GuestAgentError):
     """The node asked for something that the agent's state does not allow; nothing was changed."""
 
