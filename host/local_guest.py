@@ -59,8 +59,8 @@ class LocalGuest:
     def stop(self) -> None:
         """Let go of the agent and of its RAM. The guest lives on."""
         self._stopping.set()
+        self.link.close()  # first: it ends the wait for an agent that never came
         self._thread.join()
-        self.link.close()
         self.drop_ram()
 
     def hello(self) -> Hello:
