@@ -167,6 +167,7 @@ class Hosts(Model):
     """Where the two hosts live."""
 
     kind: Literal["local"] = "local"
+    guest_memory_max: Bytes = 0  # neither host takes a larger guest in; 0: as much as the machine has
 
 
 class Run(Model):

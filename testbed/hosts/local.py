@@ -119,6 +119,7 @@ class LocalHosts:
             "host", "--name", short, *(word for role in ROLES for word in ("--role", role)), *sockets,
             "--run-dir", str(node_dir), "--journal", str(node_dir / "journal.sqlite"),
             "--control", control, "--migration-address", "127.0.0.1:0",
+            "--guest-memory-max", str(self._scenario.hosts.guest_memory_max),
         ])  # fmt: skip
         client = NodeClient(origin, control, self._history)
         stack.callback(client.close)
