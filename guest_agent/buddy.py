@@ -51,6 +51,7 @@ class BuddyAllocator:
     Attributes:
         lock: guards maps, frame table and counts; re-entrant. free_pages: pages in free blocks, all zones.
         reserve_pages: the low watermark that alloc_blocks leaves. poison: what freed pages are filled with.
+        compact: makes a free block of an order by moving pages, and says whether it did; None: nobody can.
     """
 
     def __init__(self, ram: GuestRam, boot: BootPage, frames: FrameTable) -> None:
@@ -62,6 +63,7 @@ class BuddyAllocator:
         self.pressure = Pressure()
         self.reported = Reported(ram.pages)
         self.poison: Poison | None = None
+        self.compact: Callable[[int], bool] | None = None
         self._attach(ram, boot)
         if not boot.memory_ready:
             self._format(boot)
@@ -145,6 +147,8 @@ class BuddyAllocator:
                     self.frames.owner[pfn] = owner
                     self.frames.index[pfn] = index
                     return pfn
+            if order and self.compact is not None and self.compact(order):
+                continue
             if not self.pressure.relieve(1 << order):
                 raise OutOfMemory(
                     f"no block of order {order}: {self.free_pages} pages free, all in smaller ones"

@@ -19,6 +19,7 @@ from guest_agent.ram import GuestRam
 
 OWNER_NONE: Final = 0
 WORKLOAD_ID_MAX: Final = 0xFEFF  # owners 1.. are workloads, 0xFF00.. the kernel's own
+OWNER_BALLOON_NEW: Final = 0xFFFB  # taken for the balloon, and not yet told to the host
 OWNER_REPORT: Final = 0xFFFC  # blocks on their way to the host and back (free page reporting)
 OWNER_HINT: Final = 0xFFFD
 OWNER_BALLOON: Final = 0xFFFE

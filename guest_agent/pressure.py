@@ -44,18 +44,22 @@ class Pressure:
         """Forget a hook."""
         self._hooks = [entry for entry in self._hooks if entry[1] != hook]
 
-    def relieve(self, pages_wanted: int) -> bool:
-        """Ask the hooks; whether they released anything, so that trying again makes sense."""
+    def relieve(
+        self, pages_wanted: int, *, first: int = PRESSURE_HELD, last: int = PRESSURE_BALLOON
+    ) -> bool:
+        """Ask the hooks; whether they released anything, so that trying again makes sense.
+
+        Only those of priorities first..last: a balloon makes the page cache shrink, and never itself.
+        """
         if self._relieving.active:
             return False
         self._relieving.active = True
         self.stalls += 1
         released = 0
         try:
-            for _, hook in self._hooks:
-                released += hook(pages_wanted - released)
-                if released >= pages_wanted:
-                    break
+            for priority, hook in self._hooks:
+                if first <= priority <= last and released < pages_wanted:
+                    released += hook(pages_wanted - released)
         finally:
             self._relieving.active = False
         self.released_pages += released

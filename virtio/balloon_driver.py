@@ -25,6 +25,7 @@ from virtio.balloon import (
     F_PAGE_POISON,
     F_REPORTING,
     F_RING_INDIRECT_DESC,
+    F_SG,
     F_VERSION_1,
     PFN_ARRAY_MAX,
     QUEUE_DEFLATE,
@@ -37,7 +38,7 @@ from virtio.balloon import (
 from virtio.errors import DeviceProtocolError, LocalProtocolError, RemoteProtocolError
 
 FEATURES_WANTED = mask(
-    F_MUST_TELL_HOST, F_DEFLATE_ON_OOM, F_FREE_PAGE_HINT, F_RING_INDIRECT_DESC, F_VERSION_1
+    F_MUST_TELL_HOST, F_DEFLATE_ON_OOM, F_FREE_PAGE_HINT, F_SG, F_RING_INDIRECT_DESC, F_VERSION_1
 )
 OOM_DEFLATE_PAGES = 256  # what Linux gives back at a time when memory runs out
 
@@ -51,10 +52,14 @@ class ConfigChanged:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """The hands put this many pages of an inflation or deflation on its queue, maybe fewer than asked."""
+    """The hands put this many pages of an inflation or deflation on its queue, maybe fewer than asked.
+
+    `partial`: fewer because the queue is full, and not because memory is short.
+    """
 
     queue: int
     pages: int
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +82,22 @@ class OutOfMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class MovePages:
+    """The memory manager wants ballooned pages elsewhere: inflate their new places, then deflate the old ones.
+
+    Answered by `InflatePfns` and, after its `UsedBuffers`, `DeflatePfns`; by nothing while another operation is
+    under way (Linux answers -EAGAIN).
+    """
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Retry:
     """There may be memory again: go on towards the target."""
 
 
-DriverEvent = ConfigChanged | Submitted | UsedBuffers | ReportEnded | OutOfMemory | Retry
+DriverEvent = ConfigChanged | Submitted | UsedBuffers | ReportEnded | OutOfMemory | MovePages | Retry
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +151,15 @@ DriverCommand = InflatePfns | DeflatePfns | WriteActual | StartReport | StopRepo
 
 @dataclass(slots=True)
 class _Operation:
-    """An inflation or deflation under way; `pages` is None until it was submitted."""
+    """An inflation or deflation under way; `pages` is None until it was submitted.
+
+    `moves`: an inflation after which as many other pages are deflated, wherever the target is.
+    """
 
     queue: int
     asked: int
     pages: int | None = None
+    moves: bool = False
 
 
 class BalloonDriver:
@@ -206,6 +226,15 @@ class BalloonDriver:
         return self._poison if has(self.features, F_PAGE_POISON) else None
 
     @property
+    def inflation_left(self) -> int:
+        """Pages still to be found for the target, those of an inflation not yet submitted included."""
+        operation = self._operation
+        on_the_way = 0
+        if operation is not None and operation.queue == QUEUE_INFLATE and not operation.moves:
+            on_the_way = operation.pages or 0
+        return 0 if self._waiting else max(0, self.num_pages - self.actual - on_the_way)
+
+    @property
     def report_continues(self) -> bool:
         """Whether the running report may go on: the host neither said STOP nor DONE nor wants another."""
         return self._reporting and not self._stop_asked
@@ -215,14 +244,16 @@ class BalloonDriver:
         match event:
             case ConfigChanged(config):
                 return self._config_changed(config)
-            case Submitted(queue, pages):
-                return self._submitted(queue, pages)
+            case Submitted(queue, pages, partial):
+                return self._submitted(queue, pages, partial)
             case UsedBuffers(queue):
                 return self._used(queue)
             case ReportEnded(command_id):
                 return self._report_ended(command_id)
             case OutOfMemory():
                 return self._out_of_memory()
+            case MovePages(count):
+                return self._move(count)
             case Retry():
                 self._waiting = False
                 return self._towards_target()
@@ -312,13 +343,14 @@ class BalloonDriver:
         self._operation = _Operation(QUEUE_INFLATE, count)
         return [InflatePfns(count)]
 
-    def _submitted(self, queue: int, pages: int) -> list[DriverCommand]:
+    def _submitted(self, queue: int, pages: int, partial: bool) -> list[DriverCommand]:
         operation = self._operation
         if operation is None or operation.queue != queue or operation.pages is not None:
             raise LocalProtocolError(f"nothing was to be submitted on queue {queue}")
         if not 0 <= pages <= operation.asked:
             raise LocalProtocolError(f"{pages} pages submitted, {operation.asked} asked for")
-        self._waiting = self._waiting or (queue == QUEUE_INFLATE and pages < operation.asked)
+        short = pages < operation.asked and not partial
+        self._waiting = self._waiting or (queue == QUEUE_INFLATE and short)
         if pages == 0:
             self._operation = None
         operation.pages = pages
@@ -330,7 +362,16 @@ class BalloonDriver:
             return []  # interrupts may be spurious, and the other queues need nothing from here
         self._operation = None
         self.actual += operation.pages if queue == QUEUE_INFLATE else -operation.pages
+        if operation.moves:
+            self._operation = _Operation(QUEUE_DEFLATE, operation.pages)
+            return [WriteActual(self.actual), DeflatePfns(operation.pages)]
         return [WriteActual(self.actual), *self._towards_target()]
+
+    def _move(self, count: int) -> list[DriverCommand]:
+        if self._operation is not None:
+            return []
+        self._operation = _Operation(QUEUE_INFLATE, count, moves=True)
+        return [InflatePfns(count)]
 
     def _out_of_memory(self) -> list[DriverCommand]:
         self._waiting = True  # or the next look at the target would take the pages again
