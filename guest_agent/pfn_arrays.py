@@ -1,7 +1,8 @@
 """Ballooning by arrays of page frame numbers: one direction's queue and its buffers.
 
 Rule 1: a buffer holds up to 256 little-endian 32-bit page numbers and belongs to the device until it is used.
-Rule 2: what is in flight is a slot number and a count; the page numbers stay in guest RAM, where a restored
+Rule 2: pages are recorded, then sent as buffers have room; recorded pages can be taken back, sent ones cannot.
+Rule 3: what is in flight is a slot number and a count; the page numbers stay in guest RAM, where a restored
         guest finds them again.
 """
 
@@ -41,6 +42,7 @@ class PfnArrays:
         self._arrays: U32Array = flat.reshape(ARRAY_SLOTS, PFN_ARRAY_MAX)
         self._addresses = [area.array_slot(queue, slot) for slot in range(ARRAY_SLOTS)]
         self._counts = [0] * ARRAY_SLOTS  # pages in flight by slot; 0: the slot is free
+        self._recorded = np.empty(0, dtype=np.uint64)
 
     @property
     def room_pages(self) -> int:
@@ -52,9 +54,32 @@ class PfnArrays:
         """Pages sent and not yet used by the device."""
         return sum(self._counts)
 
-    def send(self, pfns: U64Array) -> None:
-        """Send page numbers, at most `room_pages` of them."""
-        assert pfns.size <= self.room_pages, (pfns.size, self.room_pages)
+    @property
+    def recorded_pages(self) -> int:
+        """Pages that are to go out."""
+        return int(self._recorded.size)
+
+    def record(self, pfns: U64Array) -> None:
+        """Note pages that are to go out and are not noted yet."""
+        self._recorded = np.concatenate((self._recorded, pfns)) if self._recorded.size else pfns
+
+    def send(self, pages_max: int) -> U64Array:
+        """Send recorded pages, as many as wanted and as there is room for; which they were."""
+        count = min(pages_max, self.room_pages)
+        pfns, self._recorded = self._recorded[:count], self._recorded[count:]
+        self.send_singly(pfns)
+        return pfns
+
+    def take_back(self) -> U64Array:
+        """Forget what is recorded and not sent; which pages they were."""
+        pfns, self._recorded = self._recorded, self._recorded[:0]
+        return pfns
+
+    def send_singly(self, pfns: U64Array) -> int:
+        """Send pages of which none is recorded; how many there was room for."""
+        pfns = pfns[: self.room_pages]
+        if not pfns.size:
+            return 0
         for start in range(0, pfns.size, PFN_ARRAY_MAX):
             part = pfns[start : start + PFN_ARRAY_MAX]
             slot = self._counts.index(0)
@@ -63,6 +88,7 @@ class PfnArrays:
             self._counts[slot] = int(part.size)
         if self._ring.publish():
             self._kick()
+        return int(pfns.size)
 
     def take_used(self) -> U64Array:
         """Page numbers that the device has acknowledged since the last call."""
@@ -75,7 +101,8 @@ class PfnArrays:
         return np.concatenate(done) if done else np.empty(0, dtype=np.uint64)
 
     def save(self) -> dict[str, Any]:
-        """Counts in flight by slot."""
+        """Counts in flight by slot; recorded pages are taken back before a guest is saved."""
+        assert not self.recorded_pages, self.recorded_pages
         return {"counts": list(self._counts)}
 
     def restore(self, saved: dict[str, Any]) -> None:

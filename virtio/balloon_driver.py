@@ -239,7 +239,7 @@ class BalloonDriver:
         """Whether the running report may go on: the host neither said STOP nor DONE nor wants another."""
         return self._reporting and not self._stop_asked
 
-    def handle(self, event: DriverEvent) -> list[DriverCommand]:
+    def handle(self, event: DriverEvent) -> list[DriverCommand]:  # noqa: PLR0911 - one for each event
         """What one event asks for, in order. Raises LocalProtocolError for an event that cannot be now."""
         match event:
             case ConfigChanged(config):

@@ -82,6 +82,8 @@ class DriverRing:
         self._free_count: int
         self._next: U16Array  # by descriptor: the next one of its chain
         self._counts: U16Array  # by head: ring descriptors of the chain, 0 when not in flight
+        self._addresses: U64Array  # by head: the buffer of a chain of `add_inbufs`
+        self._lengths: U32Array
         self._tokens: dict[int, object]  # by head, where not None
         self._avail: int  # next entry of the available ring to fill
         self._published: int  # the available index the device sees
@@ -183,6 +185,8 @@ class DriverRing:
         table["address"][heads] = addresses[:count]
         table["length"][heads] = lengths[:count]
         table["flags"][heads] = DESC_F_WRITE
+        self._addresses[heads] = addresses[:count]
+        self._lengths[heads] = lengths[:count]
         self._counts[heads] = 1
         self._view.avail[(self._avail + np.arange(count)) & (self.size - 1)] = heads
         self._avail = (self._avail + count) & 0xFFFF
@@ -210,6 +214,21 @@ class DriverRing:
             return [Used(None, head, length) for head, length in entries.tolist()]
         return [Used(tokens.pop(head, None), head, length) for head, length in entries.tolist()]
 
+    def used_buffers(self) -> tuple[U64Array, U32Array]:
+        """As `used`, for rings whose chains are one buffer each: (addresses, lengths) of what came back.
+
+        They are our own copy: a device that writes into the table cannot put other pages in. Raises as `used`.
+        """
+        heads = self._take_used()[:, 0]
+        for head in heads.tolist() if self._tokens else ():
+            self._tokens.pop(head, None)
+        return self._addresses[heads], self._lengths[heads]
+
+    def buffers_in_flight(self) -> tuple[U64Array, U32Array]:
+        """(addresses, lengths) of the chains that the device has, each of one buffer."""
+        heads = np.flatnonzero(self._counts)
+        return self._addresses[heads], self._lengths[heads]
+
     def discard_used(self) -> int:
         """As `used`, for callers who only want the room back: returns how many chains. Raises as `used`."""
         entries = self._take_used()
@@ -217,6 +236,10 @@ class DriverRing:
             for head in entries[:, 0].tolist():
                 self._tokens.pop(head, None)
         return len(entries)
+
+    def address_of(self, head: int) -> int:
+        """The buffer's address of a chain of `add_inbufs` that came back, until its descriptor is used again."""
+        return int(self._addresses[head])
 
     def disable_interrupts(self) -> None:
         """Tell the device that we look by ourselves; a hint, it may interrupt all the same."""
@@ -273,6 +296,8 @@ class DriverRing:
         self._seen = saved["seen"]
         self._interrupts = saved["interrupts"]
         self._counts, self._next, self._tokens = counts, following, tokens
+        self._addresses = self._view.table["address"].astype(np.uint64)
+        self._lengths = self._view.table["length"].astype(np.uint32)
         free = np.flatnonzero(~used_up)[::-1]
         self._free[: len(free)] = free
         self._free_count = len(free)
@@ -288,6 +313,8 @@ class DriverRing:
         self._free_count = size
         self._next = np.zeros(size, np.uint16)
         self._counts = np.zeros(size, np.uint16)
+        self._addresses = np.zeros(size, np.uint64)
+        self._lengths = np.zeros(size, np.uint32)
         self._tokens = {}
         self._avail = self._published = self._seen = 0
 

@@ -1,0 +1,217 @@
+"""The balloon's pages: taken from the memory manager, handed to the host, found again, given back.
+
+What mm/balloon_compaction.c is to Linux's driver, and the two queues on which pages travel.
+
+Rule 1: allocating is apart from enqueueing. `allocate` takes no lock of the balloon's, because it may make the page
+        cache shrink, and whoever holds a lock of the cache may be waiting for the balloon to deflate. Everything
+        else belongs to whoever holds the balloon's lock.
+Rule 2: pages allocated and not yet with the device are invisible to a deflation. They have an owner of their own, a
+        batch of them is bounded, and `give_back` returns them first when memory is short.
+Rule 3: page numbers travel as arrays (legacy) or as runs (F_SG), whichever was negotiated; on both, pages are
+        recorded, then sent as there is room.
+Rule 4: a deflation for want of memory, or a move, sends pages one by one and records nothing: it allocates nothing.
+Rule 5: what is in the balloon says the frame table: a restored guest finds its pages there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+
+from guest_agent.errors import RestoreError, XBitmapError
+from guest_agent.frames import OWNER_BALLOON, OWNER_BALLOON_NEW, FrameKind
+from guest_agent.pfn_arrays import PfnArrays
+from guest_agent.pressure import PRESSURE_CACHE
+from guest_agent.sg_queue import SgQueue
+from virtio.balloon import QUEUE_DEFLATE, QUEUE_INFLATE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from guest_agent.arrays import U64Array
+    from guest_agent.buddy import BuddyAllocator
+    from guest_agent.frames import FrameTable
+    from guest_agent.ring_area import RingArea
+    from virtio.split_ring import DriverRing
+
+__all__ = ["BATCH_PAGES", "BalloonPages", "PageQueue"]
+
+# One operation at most: what a deflation cannot see meanwhile, what the device punches before it answers (some
+# 15 ms for pages that are resident), and what one slice inside the pause gate allocates (some 2 ms).
+BATCH_PAGES: Final = 32_768
+_SEARCH_PAGES: Final = 1 << 17  # of the frame table looked at in one step
+
+
+class PageQueue(Protocol):
+    """One direction of ballooning."""
+
+    @property
+    def recorded_pages(self) -> int:
+        """Pages that are to go out."""
+
+    @property
+    def pages_in_flight(self) -> int:
+        """Pages sent and not yet used by the device."""
+
+    def record(self, pfns: U64Array) -> None:
+        """Note pages, ascending, that are to go out. Raises XBitmapError, and notes none."""
+
+    def send(self, pages_max: int) -> U64Array:
+        """Send recorded pages, as many as wanted and as there is room for; which they were."""
+
+    def send_singly(self, pfns: U64Array) -> int:
+        """Send pages of which none is recorded, and record none; how many there was room for."""
+
+    def take_back(self) -> U64Array:
+        """Forget what is recorded and not sent; which pages they were."""
+
+    def take_used(self) -> U64Array:
+        """Pages that the device gave back since the last call. Raises DeviceProtocolError."""
+
+    def save(self) -> dict[str, Any]:
+        """What RAM and the ring do not say."""
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over what `save` gave. Raises RestoreError."""
+
+
+class BalloonPages:
+    """The pages of one balloon and their two queues."""
+
+    def __init__(
+        self,
+        rings: Sequence[DriverRing],
+        area: RingArea,
+        memory: memoryview,
+        kicks: Sequence[Callable[[], None]],
+        *,
+        frames: FrameTable,
+        buddy: BuddyAllocator,
+    ) -> None:
+        self._frames = frames
+        self._buddy = buddy
+        self._arrays: list[PageQueue] = [
+            PfnArrays(queue, rings[queue], area, memory, kicks[queue])
+            for queue in (QUEUE_INFLATE, QUEUE_DEFLATE)
+        ]
+        self._runs: list[PageQueue] = [
+            SgQueue(rings[queue], frames.pages, kicks[queue]) for queue in (QUEUE_INFLATE, QUEUE_DEFLATE)
+        ]
+        self.inflate, self.deflate = self._arrays
+        self._search_from = 0  # the lowest ballooned page is not below
+
+    def use(self, *, runs: bool) -> None:
+        """Settle how pages travel; nothing may be on the queues."""
+        self.inflate, self.deflate = self._runs if runs else self._arrays
+
+    @property
+    def ballooned(self) -> int:
+        """Pages in the balloon, in flight or not."""
+        return int(np.count_nonzero(self._frames.owner == OWNER_BALLOON))
+
+    # --- in ---------------------------------------------------------------------------------------
+
+    def allocate(self, count: int) -> U64Array:
+        """Take up to `count` pages for the balloon, ascending. Hold no lock of the balloon's (rule 1).
+
+        Falls short when memory does: the page cache is asked for its pages, held blocks and the balloon itself are
+        not, and a reserve stays.
+        """
+        pfns = self._take(count)
+        missing = count - int(pfns.size)
+        if missing and self._buddy.pressure.relieve(missing, first=PRESSURE_CACHE, last=PRESSURE_CACHE):
+            pfns = np.concatenate((pfns, self._take(missing)))
+        pfns.sort()
+        return pfns
+
+    def _take(self, count: int) -> U64Array:
+        return self._buddy.alloc_blocks(0, count, kind=FrameKind.BALLOON, owner=OWNER_BALLOON_NEW)
+
+    def record_new(self, pfns: U64Array) -> int:
+        """Note what `allocate` gave for sending; how many pages. What cannot be noted is free again, not lost."""
+        try:
+            self.inflate.record(pfns)
+        except XBitmapError:
+            self._buddy.free_bulk(pfns)
+            return 0
+        return int(pfns.size)
+
+    def send_inflation(self, pages_max: int) -> int:
+        """Send recorded pages; from now on they are in the balloon. How many."""
+        pfns = self.inflate.send(pages_max)
+        self._adopt(pfns)
+        return int(pfns.size)
+
+    def send_new(self, pfns: U64Array) -> int:
+        """Send pages that were not recorded, one entry each (rule 4); how many there was room for."""
+        count = self.inflate.send_singly(pfns)
+        self._adopt(pfns[:count])
+        return count
+
+    def give_back(self) -> int:
+        """Free what is recorded and not sent; how many pages."""
+        pfns = self.inflate.take_back()
+        if pfns.size:
+            self._buddy.free_bulk(pfns)
+        return int(pfns.size)
+
+    # --- out --------------------------------------------------------------------------------------
+
+    def send_deflation(self, count: int) -> int:
+        """Send ballooned pages, the lowest first, as runs or arrays; how many there was room for."""
+        pfns = self._lowest(count)
+        try:
+            self.deflate.record(pfns)
+        except XBitmapError:
+            return self.deflate.send_singly(pfns)
+        sent = self.deflate.send(count)
+        self.deflate.take_back()  # those are in the balloon as before
+        return int(sent.size)
+
+    def send_deflation_singly(self, count: int) -> int:
+        """Send ballooned pages, one entry each (rule 4); how many there was room for."""
+        return self.deflate.send_singly(self._lowest(count))
+
+    def take_acknowledged(self) -> int:
+        """Take back what the device used, and free what was deflated; how many pages."""
+        self.inflate.take_used()
+        freed = self.deflate.take_used()
+        if freed.size:
+            self._buddy.free_bulk(freed)
+        return int(freed.size)
+
+    def save(self) -> dict[str, Any]:
+        """What RAM and the rings do not say."""
+        return {"inflate": self.inflate.save(), "deflate": self.deflate.save()}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over what `save` gave, after `use`.
+
+        Raises:
+            RestoreError: it does not fit the rings.
+        """
+        try:
+            self.inflate.restore(saved["inflate"])
+            self.deflate.restore(saved["deflate"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RestoreError(f"saved balloon pages: {error!r}") from error
+
+    def _adopt(self, pfns: U64Array) -> None:
+        if pfns.size:
+            self._frames.owner[pfns.view(np.int64)] = OWNER_BALLOON
+            self._search_from = min(self._search_from, int(pfns.min()))
+
+    def _lowest(self, count: int) -> U64Array:
+        """The lowest pages of the balloon, ascending; nothing of them is in flight."""
+        owner, at = self._frames.owner, self._search_from
+        pieces: list[U64Array] = []
+        left = count
+        while left and at < owner.size:
+            found = np.flatnonzero(owner[at : at + _SEARCH_PAGES] == OWNER_BALLOON)[:left] + at
+            if found.size and not pieces:
+                self._search_from = int(found[0])
+            pieces.append(found.astype(np.uint64))
+            left -= int(found.size)
+            at += _SEARCH_PAGES
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint64)
