@@ -14,15 +14,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # Arrows point down only:  testbed -> {source_node, dest_node} -> host -> {migration, virtio}
-#                          testbed -> guest_agent -> virtio
+#                          testbed -> linux_guest -> guest_agent -> virtio
 MAY_IMPORT = {
     "virtio": set(),
     "migration": set(),
     "guest_agent": {"virtio"},
+    "linux_guest": {"guest_agent", "virtio"},
     "host": {"migration", "virtio"},
     "source_node": {"host", "migration", "virtio"},
     "dest_node": {"host", "migration", "virtio"},
-    "testbed": {"source_node", "dest_node", "guest_agent", "host", "migration", "virtio"},
+    "testbed": {"source_node", "dest_node", "guest_agent", "linux_guest", "host", "migration", "virtio"},
 }
 CORES = ("virtio", "migration")
 GENERATED = ROOT / "migration" / "pb"

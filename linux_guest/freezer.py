@@ -1,0 +1,160 @@
+"""Stops every process of a guest at once, by the kernel's control group freezer.
+
+Rule 1: signals will not do: SIGSTOP kills User-Mode Linux or leaves its programs running, as it traces them.
+Rule 2: a freezer is usable when it froze a process of ours; that is tried, never read off a version.
+Rule 3: a group holds the processes of one guest and is removed with them.
+
+Both kinds serve: "freezer" of version 1 (freezer.state) and `cgroup.freeze` of version 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from linux_guest.errors import FreezerUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FREEZE_S: Final = 10.0  # milliseconds, unless a process is stuck in the kernel
+LOOK_S: Final = 0.001  # version 1 tells nobody when it is done
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How one version of the freezer is spoken to: a switch, its two words, and where the state is read."""
+
+    switch: str
+    freeze: str
+    thaw: str
+    state: str
+    frozen: str
+
+
+VERSION_1: Final = Kind("freezer.state", "FROZEN", "THAWED", "freezer.state", "FROZEN")
+VERSION_2: Final = Kind("cgroup.freeze", "1", "0", "cgroup.events", "frozen 1")
+
+
+class FreezerGroup:
+    """One control group. `path` is where a process writes itself into `cgroup.procs`."""
+
+    def __init__(self, path: Path, kind: Kind) -> None:
+        """Make it. Raises OSError."""
+        self.path = path
+        self._kind = kind
+        path.mkdir()
+
+    def freeze(self) -> None:
+        """Stop every process of the group, and return when all stand still. Raises FreezerUnavailableError."""
+        self._write(self._kind.freeze)
+        if not self._becomes(frozen=True):
+            self.thaw()
+            raise FreezerUnavailableError(f"{self.path}: not everything stood still within {FREEZE_S:g} s")
+
+    def thaw(self) -> None:
+        """Let them go on. Idempotent."""
+        self._write(self._kind.thaw)
+
+    def remove(self) -> None:
+        """Remove the group; its processes must have ended. Raises OSError when they have not."""
+        deadline = time.monotonic() + FREEZE_S
+        while True:
+            try:
+                self.path.rmdir()
+            except FileNotFoundError:
+                return
+            except OSError:  # a process that was killed leaves its group a moment after it was reaped
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(LOOK_S)
+            else:
+                return
+
+    @property
+    def frozen(self) -> bool:
+        """Whether everything in it stands still."""
+        state = (self.path / self._kind.state).read_text(encoding="ascii")
+        return self._kind.frozen in state.splitlines()
+
+    def _write(self, word: str) -> None:
+        (self.path / self._kind.switch).write_text(word, encoding="ascii")
+
+    def _becomes(self, *, frozen: bool) -> bool:
+        deadline = time.monotonic() + FREEZE_S
+        while self.frozen is not frozen:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(LOOK_S)
+        return True
+
+
+def make_group(name: str) -> FreezerGroup:
+    """A group that can freeze. Raises FreezerUnavailableError with what was tried."""
+    tried = []
+    for place, kind in _places():
+        try:
+            group = FreezerGroup(place / name, kind)
+        except OSError as error:
+            tried.append(f"{place}: {error.strerror}")
+            continue
+        problem = _try_out(group)
+        if not problem:
+            return group
+        tried.append(f"{place}: {problem}")
+        group.remove()
+    raise FreezerUnavailableError("; ".join(tried) or "no control group file system is mounted")
+
+
+def unavailable() -> str:
+    """Why no guest can be frozen here, or ""."""
+    try:
+        make_group(f"ballast-probe-{os.getpid()}").remove()
+    except FreezerUnavailableError as error:
+        return str(error)
+    return ""
+
+
+def _places() -> Iterator[tuple[Path, Kind]]:
+    """Directories in which a group may be made: below our own group, or, in a container, below its root."""
+    own = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+    mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
+    for line in mounts.splitlines():
+        left, _, right = line.partition(" - ")
+        mount_point = Path(left.split()[4])
+        kind, _, options = right.split(maxsplit=2)
+        if kind == "cgroup" and "freezer" in options.split(","):
+            found = re.search(r"^\d+:(?:[^:]*,)?freezer(?:,[^:]*)?:(/.*)$", own, re.MULTILINE)
+            version = VERSION_1
+        elif kind == "cgroup2":
+            found, version = re.search(r"^0::(/.*)$", own, re.MULTILINE), VERSION_2
+        else:
+            continue
+        below = mount_point / found[1].lstrip("/") if found else mount_point
+        for place in dict.fromkeys((below, mount_point)):
+            if place.is_dir():
+                yield place, version
+
+
+def _try_out(group: FreezerGroup) -> str:
+    """Freeze and thaw a process of ours in it; why it failed, or ""."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        try:
+            (group.path / "cgroup.procs").write_text(str(process.pid), encoding="ascii")
+            group.freeze()
+            group.thaw()
+        except OSError as error:
+            return str(error.strerror)
+        except FreezerUnavailableError as error:
+            return str(error)
+        finally:
+            with contextlib.suppress(OSError):
+                group.thaw()
+            process.kill()
+    return ""
