@@ -21,6 +21,7 @@ import structlog
 
 from guest_agent.agent import Agent
 from guest_agent.arrays import PAGE_BYTES
+from guest_agent.balloon_options import BalloonOptions
 from guest_agent.boot import MemoryLayout
 from guest_agent.errors import WorkloadError
 from guest_agent.machine import MachineOptions
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     _log_json_lines(options.name)
     try:
-        workloads = None if options.standby else _load_workloads(options.workloads)
+        workloads, balloon = (None, BalloonOptions()) if options.standby else _load_guest(options.workloads)
     except (OSError, ValueError, WorkloadError) as error:
         return _complain(f"{options.workloads}: {error}", USAGE)
     machine_options = MachineOptions(
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         oracle=options.oracle,
     )
     try:
-        agent = Agent(machine_options, options.agent_socket, workloads)
+        agent = Agent(machine_options, options.agent_socket, workloads, balloon)
     except OSError as error:
         return _complain(f"{options.agent_socket}: {error.strerror}", FAILED)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -103,18 +104,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--die-with-parent", action="store_true", help="end when the starting process dies")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--workloads", type=Path, metavar="FILE", help="JSON: boot a guest with these workloads"
+        "--workloads",
+        type=Path,
+        metavar="FILE",
+        help="JSON: boot a guest with these workloads and this balloon",
     )
     what.add_argument("--standby", action="store_true", help="wait for a guest to be restored here")
     return parser
 
 
-def _load_workloads(path: Path) -> list[dict[str, Any]]:
-    """The workload list of the JSON file.
+def _load_guest(path: Path) -> tuple[list[dict[str, Any]], BalloonOptions]:
+    """The workloads of the JSON file, and what its balloon driver is to be ("balloon", optional).
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not JSON, or not {"workloads": [{"name": ...}, ...]}.
+        ValueError: it is not JSON, or not {"workloads": [{"name": ...}, ...], "balloon": {...}}.
         WorkloadError: a workload is unknown, or one of its options is.
     """
     document = json.loads(path.read_bytes())
@@ -122,7 +126,10 @@ def _load_workloads(path: Path) -> list[dict[str, Any]]:
     if not isinstance(workloads, list) or not all(isinstance(workload, dict) for workload in workloads):
         raise ValueError('expected {"workloads": [{"name": ...}, ...]}')
     build_workloads(workloads)  # refuses what no workload knows, before anything is started
-    return workloads
+    balloon = document.get("balloon", {})
+    if not isinstance(balloon, dict):
+        raise ValueError('expected {"balloon": {...}}')  # noqa: TRY004 - one kind of error for a bad file
+    return workloads, BalloonOptions.from_dict(balloon)
 
 
 def _die_with_parent() -> None:

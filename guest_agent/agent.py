@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from guest_agent.balloon_options import BalloonOptions
     from guest_agent.machine import MachineOptions
 
 __all__ = ["Agent", "State"]
@@ -76,9 +77,14 @@ class Agent:
     """One agent process. `run` serves until the end and returns the exit code."""
 
     def __init__(
-        self, options: MachineOptions, agent_socket: Path, workloads: Sequence[dict[str, Any]] | None
+        self,
+        options: MachineOptions,
+        agent_socket: Path,
+        workloads: Sequence[dict[str, Any]] | None,
+        balloon: BalloonOptions,
     ) -> None:
-        """Take the options; `workloads` None means standby."""
+        """Take the options; `workloads` None means standby: a guest that comes brings its balloon along."""
+        self._balloon = balloon
         self._options = options
         self._workloads = workloads
         self._log = structlog.get_logger(component="agent")
@@ -136,7 +142,7 @@ class Agent:
     # --- the guest's own events ---
 
     def _boot(self, workloads: Sequence[dict[str, Any]]) -> None:
-        machine = Machine.boot_new(self._options, workloads, self._failed)
+        machine = Machine.boot_new(self._options, workloads, self._failed, self._balloon)
         self._machine, self._state = machine, State.BOOTING
         machine.connect()
 
@@ -212,6 +218,7 @@ class Agent:
             "balloon_ready": False,
             "operations": 0,
             "workloads": {},
+            "balloon": {},
         }
         if machine is not None:
             fields |= {
@@ -223,6 +230,7 @@ class Agent:
                 "balloon_ready": machine.front_end.ready,
                 "operations": sum(workload.operations for workload in machine.workloads),
                 "workloads": {w.name: {"operations": w.operations} for w in machine.workloads},
+                "balloon": machine.balloon.facts(),
             }
         return Reply(fields)
 

@@ -2,9 +2,11 @@
 
 Rule 1: the driver decides, these hands execute, under one lock and in bounded turns inside the gate.
 Rule 2: locks are taken in one order: balloon, then front-end or allocator. The front-end's callbacks take none.
-Rule 3: pages are taken without pressure hooks: a balloon never makes the guest reclaim, and never squeezes itself.
+Rule 3: pages are allocated without the balloon's lock, a bounded batch ahead of the device, and enqueued with it:
+        an allocation may wait for the page cache, and whoever holds the cache's locks may be deflating.
 Rule 4: a deflated page is free when the device acknowledged, never before (MUST_TELL_HOST).
-Rule 5: when memory is out, the thread that needs it deflates by itself and waits, boundedly, for the device.
+Rule 5: when memory is out, the thread that needs it deflates by itself, 256 pages at a time and without allocating,
+        and waits, boundedly, for the device. Pages allocated ahead come back first.
 """
 
 from __future__ import annotations
@@ -17,20 +19,29 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from guest_agent.balloon_options import HINTS_HOLD, BalloonOptions
+from guest_agent.balloon_pages import BATCH_PAGES, BalloonPages
 from guest_agent.errors import RestoreError
-from guest_agent.frames import OWNER_BALLOON, FrameKind
-from guest_agent.hint_report import ROOM_WAIT_S_MAX, HintReport
-from guest_agent.pfn_arrays import PfnArrays
+from guest_agent.hint_report import ROOM_WAIT_S_MAX
+from guest_agent.hint_walk import hint_report
+from guest_agent.memory_queues import MemoryQueues
 from guest_agent.pressure import PRESSURE_BALLOON, PRESSURE_HELD
-from guest_agent.ring_area import ARRAY_SLOTS
-from virtio.balloon import CMD_ID_DONE, CMD_ID_STOP, PFN_ARRAY_MAX, QUEUE_DEFLATE, QUEUE_HINT, QUEUE_INFLATE
+from virtio.balloon import (
+    CMD_ID_DONE,
+    CMD_ID_STOP,
+    F_HINT_WAIT_ON_ACK,
+    F_SG,
+    QUEUE_DEFLATE,
+    QUEUE_HINT,
+    QUEUE_INFLATE,
+    has,
+)
 from virtio.balloon_driver import (
     BalloonDriver,
     ConfigChanged,
     DeflatePfns,
     InflatePfns,
+    MovePages,
     OutOfMemory,
     ReleaseHeld,
     ReportEnded,
@@ -47,10 +58,12 @@ from virtio.split_ring import DriverRing
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from guest_agent.arrays import U64Array
     from guest_agent.buddy import BuddyAllocator
     from guest_agent.frames import FrameTable
     from guest_agent.front_end import FrontEnd
     from guest_agent.gate import PauseGate
+    from guest_agent.hint_report import BeforeKick
     from guest_agent.ram import GuestRam
     from guest_agent.ring_area import RingArea
     from virtio.balloon import BalloonConfig
@@ -58,10 +71,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Balloon"]
 
-BATCH_PAGES = ARRAY_SLOTS * PFN_ARRAY_MAX  # one operation fills all buffers of its queue
+DEFAULT_OPTIONS = BalloonOptions()
 RETRY_S = 0.2  # as Linux waits when it found no page for its balloon
-RETRY_SPARE_PAGES = 2 * BATCH_PAGES  # and only when there is plenty again: no tug-of-war with the guest
-OOM_WAIT_S_MAX = 0.05  # the device answers in fractions of a millisecond, unless it is gone
+RETRY_SPARE_PAGES = 8192  # and only when there is plenty again: no tug-of-war with the guest
+ANSWER_S_MAX = 0.05  # the device answers in milliseconds, unless it is gone
+MOVE_PAGES_MAX = 256  # an empty ring has an entry for each
 
 
 class Balloon:
@@ -76,26 +90,38 @@ class Balloon:
         *,
         front_end: FrontEnd,
         gate: PauseGate,
+        options: BalloonOptions = DEFAULT_OPTIONS,
     ) -> None:
-        self._frames = frames
         self._buddy = buddy
         self._front_end = front_end
         self._gate = gate
         self._lock = threading.RLock()
-        self._driver = BalloonDriver(batch_pages=BATCH_PAGES)
+        self._options = options
+        self._driver = BalloonDriver(
+            wanted=options.features,
+            batch_pages=BATCH_PAGES,
+            poison=options.poison,
+            holds_hinted=options.hints == HINTS_HOLD,
+        )
         self._rings = [DriverRing(ram.memory, layout) for layout in area.layouts]
         kicks = [partial(front_end.kick, queue) for queue in range(len(self._rings))]
-        self._inflate, self._deflate = (
-            PfnArrays(queue, self._rings[queue], area, ram.memory, kicks[queue])
-            for queue in (QUEUE_INFLATE, QUEUE_DEFLATE)
-        )
-        self._report = HintReport(
+        self._pages = BalloonPages(self._rings, area, ram.memory, kicks, frames=frames, buddy=buddy)
+        self._asked: int | None = None  # pages of an inflation that waits to be submitted
+        self._look_ahead = False  # allocate for the next inflation while the device works on this one
+        self._out_of_memory = False  # a deflation is under way in the thread that holds the lock
+        self._moving_out: U64Array | None = None  # pages whose new places were sent
+        self._report = hint_report(
+            options.hints,
+            self._report_wanted,
             ring=self._rings[QUEUE_HINT],
             area=area,
             memory=ram.memory,
             frames=frames,
             buddy=buddy,
             kick=kicks[QUEUE_HINT],
+        )
+        self._queues = MemoryQueues(
+            self._rings, area, ram.memory, kicks, buddy=buddy, ballooned_pages=lambda: self.ballooned_pages
         )
         self._config: BalloonConfig | None = None  # read and not yet handled
         self._first_config = False  # the next one is the first of a newly connected device
@@ -110,7 +136,7 @@ class Balloon:
     @property
     def ballooned_pages(self) -> int:
         """Pages in the balloon, in flight or not."""
-        return int(np.count_nonzero(self._frames.kind == FrameKind.BALLOON))
+        return self._pages.ballooned
 
     @property
     def held_pages(self) -> int:
@@ -133,6 +159,24 @@ class Balloon:
         """What the driver and its device agreed on."""
         return self._driver.features
 
+    @property
+    def poison_to_write(self) -> int | None:
+        """The poison value that the device must learn before the rings start."""
+        return self._driver.poison_to_write
+
+    def facts(self) -> dict[str, Any]:
+        """What the guest's side of the balloon has done, for reports; all JSON."""
+        return {
+            "options": self._options.to_dict(),
+            "features": self._driver.features,
+            "reported_pages": self._queues.reported_pages,
+            "hint_blocks_skipped": self._report.skipped_blocks,
+        }
+
+    def before_hint_kick(self, hook: BeforeKick) -> None:
+        """Have this called between giving the first hints of a report and letting the device know of them."""
+        self._report.before_kick = hook
+
     # --- the front-end's callbacks: no locks (rule 2) ---
 
     def negotiate(self, offered: int) -> int:
@@ -140,7 +184,9 @@ class Balloon:
         self._first_config = True
         agreed = self._driver.features
         if not agreed:
-            return self._driver.negotiate(offered)
+            agreed = self._driver.negotiate(offered)
+            self._pages.use(runs=has(agreed, F_SG))
+            return agreed
         if agreed & ~offered:
             raise VhostUserError("features", f"the guest uses {agreed:#x}, the new device has {offered:#x}")
         return agreed
@@ -174,9 +220,14 @@ class Balloon:
         for fd in (self._wake_fd, *self._front_end.call_fds):
             waiting.register(fd, select.POLLIN)
         while True:
-            with self._gate, self._lock:
-                busy = self._turn()
-                patience_s = self._patience_s()
+            with self._gate:
+                with self._lock:
+                    busy = self._turn()
+                    wanted = self._pages_to_allocate()
+                    patience_s = self._patience_s()
+                if wanted:
+                    self.allocate_ahead(wanted)
+                    busy = True
             self._tell_actual()
             if not busy:
                 waiting.poll(None if patience_s is None else patience_s * 1000)
@@ -186,18 +237,19 @@ class Balloon:
         os.eventfd_write(self._wake_fd, 1)
 
     def settle(self) -> None:
-        """After the rings stopped: take back what the device used, so that the saved state is small."""
+        """After the rings stopped: take back what the device used and what never went out, to leave no state."""
         with self._lock:
-            self._take_acknowledged()
+            self._pages.take_acknowledged()
+            self._pages.give_back()
             self._report.settle()
 
     def save(self) -> dict[str, Any]:
         """The driver's part of the vCPU state."""
         with self._lock:
             return {
+                "options": self._options.to_dict(),
                 "driver": self._driver.save(),
-                "inflate": self._inflate.save(),
-                "deflate": self._deflate.save(),
+                "pages": self._pages.save(),
                 "report": self._report.save(),
             }
 
@@ -216,9 +268,10 @@ class Balloon:
             for ring, state in zip(self._rings, rings, strict=True):
                 ring.restore(state)
             self._driver.restore(saved["driver"])
-            self._inflate.restore(saved["inflate"])
-            self._deflate.restore(saved["deflate"])
+            self._pages.use(runs=has(self._driver.features, F_SG))
+            self._pages.restore(saved["pages"])
             self._report.restore(saved["report"])
+            self._report.wait_on_ack = has(self._driver.features, F_HINT_WAIT_ON_ACK)
         except (RemoteProtocolError, KeyError, TypeError, AttributeError) as error:
             raise RestoreError(f"saved balloon driver: {error!r}") from error
 
@@ -228,6 +281,46 @@ class Balloon:
             ring.close()
         os.close(self._wake_fd)
 
+    # --- the memory manager's ---
+
+    def allocate_ahead(self, count: int) -> None:
+        """Find pages for the inflation that is next, without the lock (rule 3), then enqueue them with it."""
+        pfns = self._pages.allocate(count)
+        with self._lock:
+            if self._asked is None and self._driver.inflation_left < pfns.size:
+                self._buddy.free_bulk(pfns)  # meanwhile the host or the guest changed its mind
+                return
+            recorded = self._pages.record_new(pfns)
+            if self._asked is not None:
+                self._obey_all([self._submit_inflation(short=recorded < count)])
+
+    def move_pages(self, old: U64Array, new: U64Array) -> bool:
+        """Move ballooned pages: the new places are inflated, the old ones deflated and then free (compaction).
+
+        `new` was taken from the memory manager for the balloon (owner OWNER_BALLOON_NEW); at most 256 pages.
+
+        Returns:
+            whether it happened. Not when the balloon is busy; `new` is the caller's then. When a device falls
+            silent in between, `new` is in the balloon, and the move goes on by itself when the device answers.
+        """
+        assert 0 < old.size == new.size <= MOVE_PAGES_MAX, (old.size, new.size)
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if not self._driver.handle(MovePages(int(new.size))):
+                return False
+            self._moving_out = old
+            sent = self._pages.send_new(new)
+            assert sent == new.size, (sent, new.size)  # nothing else is under way: the ring is empty
+            self._obey_all([Submitted(QUEUE_INFLATE, sent)])
+            deadline = time.monotonic() + ANSWER_S_MAX
+            while self._pages_in_flight and self._wait_acknowledged(deadline):
+                self._take_acknowledged()
+        finally:
+            self._lock.release()
+        self.wake()  # the thread writes `actual`
+        return True
+
     # --- turns: all of it under the lock ---
 
     def _turn(self) -> bool:
@@ -236,12 +329,17 @@ class Balloon:
             _drain(fd)
         self._look_at_config()
         self._take_acknowledged()
-        for queue, arrays in ((QUEUE_INFLATE, self._inflate), (QUEUE_DEFLATE, self._deflate)):
-            if not arrays.pages_in_flight:
-                self._obey(UsedBuffers(queue))
+        if self._pages.inflate.recorded_pages > self._driver.inflation_left:
+            self._pages.give_back()  # the target sank
         if self._wants_retry and self._buddy.free_pages > self._buddy.reserve_pages + RETRY_SPARE_PAGES:
             self._obey(Retry())
+        self._queues.step(self._driver.features)
         return self._go_on_reporting()
+
+    def _report_wanted(self) -> bool:
+        """Whether the host, as far as is known, still shows the id of the running report."""
+        config = self._config
+        return config is None or config.free_page_hint_cmd_id == self._driver.command_id_active
 
     def _look_at_config(self) -> None:
         if self._forget_command_id:
@@ -258,30 +356,26 @@ class Balloon:
 
     def _obey(self, event: DriverEvent) -> None:
         """Tell the driver what happened and do what it says."""
-        commands = self._driver.handle(event)
-        while commands:
-            commands = [
-                following
-                for command in commands
-                for done in self._execute(command)
-                for following in self._driver.handle(done)
-            ]
+        self._obey_all([event])
+
+    def _obey_all(self, events: list[DriverEvent]) -> None:
+        while events:
+            commands = [command for event in events for command in self._driver.handle(event)]
+            events = [done for command in commands for done in self._execute(command)]
 
     def _execute(self, command: DriverCommand) -> list[DriverEvent]:
         """Do one thing; what to tell the driver about it."""
         match command:
             case InflatePfns(count):
-                pfns = self._buddy.alloc_blocks(0, count, kind=FrameKind.BALLOON, owner=OWNER_BALLOON)
-                self._inflate.send(pfns)
-                return [Submitted(QUEUE_INFLATE, int(pfns.size))]
+                self._asked = count
+                if self._pages.inflate.recorded_pages:
+                    return [self._submit_inflation()]
             case DeflatePfns(count):
-                pfns = np.flatnonzero(self._frames.owner == OWNER_BALLOON)[:count].astype(np.uint64)
-                assert pfns.size == count, (pfns.size, count)
-                self._deflate.send(pfns)
-                return [Submitted(QUEUE_DEFLATE, count)]
+                return [Submitted(QUEUE_DEFLATE, self._send_deflation(count))]
             case WriteActual(pages):
                 self._actual_to_write = pages
             case StartReport(command_id):
+                self._report.wait_on_ack = has(self._driver.features, F_HINT_WAIT_ON_ACK)
                 self._report.start(command_id)
                 self._report_moved_at = time.monotonic()
             case StopReport():
@@ -290,13 +384,44 @@ class Balloon:
                 self._report.release()
         return []
 
+    def _submit_inflation(self, *, short: bool = False) -> Submitted:
+        """Send what was allocated for the inflation asked for; `short`: there is no more of it to be had."""
+        asked, self._asked = self._asked, None
+        assert asked is not None
+        sent = self._pages.send_inflation(asked)
+        self._look_ahead = True
+        return Submitted(QUEUE_INFLATE, sent, partial=not short or self._pages.inflate.recorded_pages > 0)
+
+    def _send_deflation(self, count: int) -> int:
+        moving_out, self._moving_out = self._moving_out, None
+        if moving_out is not None:
+            return self._pages.deflate.send_singly(moving_out)
+        if self._out_of_memory:
+            return self._pages.send_deflation_singly(count)
+        return self._pages.send_deflation(count)
+
+    def _pages_to_allocate(self) -> int:
+        """What the next inflation needs: asked for, or foreseen while the device works on the one before."""
+        if self._pages.inflate.recorded_pages:
+            return 0
+        if self._asked is not None:
+            return self._asked
+        if not self._look_ahead or not self._pages.inflate.pages_in_flight:
+            return 0
+        self._look_ahead = False  # once an operation, or a guest short of memory would be asked all the time
+        return min(self._driver.inflation_left, BATCH_PAGES)
+
+    @property
+    def _pages_in_flight(self) -> int:
+        return self._pages.inflate.pages_in_flight + self._pages.deflate.pages_in_flight
+
     def _take_acknowledged(self) -> int:
-        """Take used page arrays back and free what was deflated; number of pages freed."""
-        self._inflate.take_used()
-        freed = self._deflate.take_used()
-        if freed.size:
-            self._buddy.free_bulk(freed)
-        return int(freed.size)
+        """Take back what the device used, tell the driver, and free what was deflated; number of pages freed."""
+        freed = self._pages.take_acknowledged()
+        for number, queue in ((QUEUE_INFLATE, self._pages.inflate), (QUEUE_DEFLATE, self._pages.deflate)):
+            if not queue.pages_in_flight:
+                self._obey(UsedBuffers(number))
+        return freed
 
     def _go_on_reporting(self) -> bool:
         """The next piece of a hint report; whether there is more to do at once."""
@@ -313,13 +438,15 @@ class Balloon:
 
     @property
     def _wants_retry(self) -> bool:
-        return self._driver.num_pages > self._driver.actual and not self._inflate.pages_in_flight
+        return self._driver.num_pages > self._driver.actual and not self._pages.inflate.pages_in_flight
 
     def _patience_s(self) -> float | None:
         """How long nothing needs to be done unless something happens; None: for ever."""
         if self._report.is_open:
             return ROOM_WAIT_S_MAX
-        return RETRY_S if self._wants_retry else None
+        if self._wants_retry:
+            return RETRY_S
+        return self._queues.patience_s(self._driver.features)
 
     def _tell_actual(self) -> None:
         """Write `actual` outside the gate and the lock: a node that hangs does not hold up a pause."""
@@ -330,22 +457,25 @@ class Balloon:
 
     def _deflate_for_memory(self, pages_wanted: int) -> int:
         """The pressure hook: deflate as Linux does on OOM, 256 pages at a time; number of pages freed."""
-        deadline, freed = time.monotonic() + OOM_WAIT_S_MAX, 0
+        deadline = time.monotonic() + ANSWER_S_MAX
         with self._lock:
+            self._out_of_memory = True
+            if self._asked is not None:  # its pages are being allocated: they will find nobody who wants them
+                self._asked = None
+                self._obey(Submitted(QUEUE_INFLATE, 0))
+            freed = self._pages.give_back()
             while freed < pages_wanted and self._driver.actual:
                 self._obey(OutOfMemory())
                 if not self._wait_acknowledged(deadline):
                     break
                 freed += self._take_acknowledged()
-                for queue, arrays in ((QUEUE_INFLATE, self._inflate), (QUEUE_DEFLATE, self._deflate)):
-                    if not arrays.pages_in_flight:
-                        self._obey(UsedBuffers(queue))
+            self._out_of_memory = False
         self.wake()  # the thread writes `actual`
         return freed
 
     def _wait_acknowledged(self, deadline: float) -> bool:
         """Wait until the device answers on the inflate or deflate queue; False when it does not in time."""
-        if not self._inflate.pages_in_flight and not self._deflate.pages_in_flight:
+        if not self._pages_in_flight:
             return False  # the driver may not deflate on OOM, or has nothing left
         waiting = select.poll()
         for queue in (QUEUE_INFLATE, QUEUE_DEFLATE):

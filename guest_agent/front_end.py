@@ -24,6 +24,7 @@ import structlog
 
 from virtio.balloon import (
     CONFIG_OFFSET_ACTUAL,
+    CONFIG_OFFSET_POISON,
     F_FREE_PAGE_HINT,
     F_REPORTING,
     F_STATS_VQ,
@@ -76,6 +77,10 @@ class Driver(Protocol):
 
     def device_bases(self) -> list[int]:
         """Where the rings stand according to the used indices in guest RAM."""
+
+    @property
+    def poison_to_write(self) -> int | None:
+        """What `poison_val` must say before the rings start (virtio 1.2, 5.5.6.6); None: nothing."""
 
 
 class FrontEnd:
@@ -206,6 +211,11 @@ class FrontEnd:
             events = self._exchange(self._session.start())
         ram = self._ram
         events += self._exchange(self._session.set_memory(ram.fd, ram.memory_bytes, ram.base_address))
+        poison = self._driver.poison_to_write
+        if poison is not None:
+            events += self._exchange(
+                self._session.write_config(CONFIG_OFFSET_POISON, poison.to_bytes(4, "little"))
+            )
         if self._wanted:
             self._start_rings()
         self._last_reason = ""

@@ -7,6 +7,8 @@ Rule 2: hinted blocks stay held (kind HELD) until DONE: using them in mid-migrat
 Rule 3: one descriptor is kept for the id: STOP can always be sent. Linux drops a block when the ring is full;
         here the report waits for room, for a bounded time: a dropped block is 4 MiB sent for nothing.
 Rule 4: held blocks are found in the frame table, not in a list: a restored guest finds them again.
+Rule 5: with HINT_WAIT_ON_ACK a held block stays held until the device used its buffer, also after DONE and under
+        pressure; the frame table's index says which blocks the device still has.
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
     from guest_agent.ring_area import RingArea
     from virtio.split_ring import DriverRing
 
+    # Of HintReport.before_kick: first pages, page counts, HintReport.give_back, and a question: has the device used
+    # nothing since the id was offered?
+    BeforeKick = Callable[[U64Array, U64Array, Callable[[int], int], Callable[[], bool]], None]
+
 __all__ = ["HINT_ORDER", "HintReport", "Phase"]
 
 HINT_ORDER = 10  # Linux hints MAX_ORDER blocks only: 4 MiB on x86
@@ -40,6 +46,7 @@ ROOM_WAIT_S_MAX = 0.05  # a device that takes nothing for so long costs the rest
 GIVE_BACK_BLOCKS_MIN = 8  # 32 MiB: pressure that comes for one page will come for more
 START_TOKEN, STOP_TOKEN = "start", "stop"
 COMMAND_SLOTS = {START_TOKEN: 0, STOP_TOKEN: 1}
+AT_DEVICE = 1 << 31  # in the index of a held block's head, beside its order
 
 
 class Phase(StrEnum):
@@ -52,7 +59,14 @@ class Phase(StrEnum):
 
 
 class HintReport:
-    """One report at a time. All methods but `give_back` belong to whoever holds the balloon's lock."""
+    """One report at a time. All methods but `give_back` belong to whoever holds the balloon's lock.
+
+    Attributes:
+        before_kick: called when the first hints of a report are in the ring and the device was not kicked yet,
+            neither for them nor for the id: what it does happens after the hint was given and before the device
+            processed it. Experiments use it; None otherwise.
+        wait_on_ack: rule 5.
+    """
 
     def __init__(
         self,
@@ -76,6 +90,11 @@ class HintReport:
         self._commands_in_flight: set[str] = set()
         self._blocks_left = 0
         self._found_room = True
+        self._release_owed = False  # DONE came, and the device still has blocks
+        self._used_before = 0  # the device's used index when the id was offered
+        self.before_kick: BeforeKick | None = None
+        self.wait_on_ack = False
+        self.skipped_blocks = 0  # found no room in the ring; this driver waits for room instead
 
     @property
     def held_pages(self) -> int:
@@ -96,6 +115,7 @@ class HintReport:
         """Open a report under an id that was not reported yet."""
         assert not self.is_open, self._phase
         self._phase = Phase.OPENING
+        self._release_owed = False
         self._command_id = command_id
         # Blocks given back under pressure may be hinted again, but a report must come to an end.
         self._blocks_left = 2 * (self._frames.pages >> HINT_ORDER)
@@ -113,8 +133,10 @@ class HintReport:
         return ended
 
     def release(self) -> int:
-        """DONE: give all held blocks back to the guest; number of pages."""
-        return self.give_back(self._frames.pages)
+        """DONE: give all held blocks back to the guest, those of rule 5 later; number of pages now."""
+        released = self.give_back(self._frames.pages)
+        self._release_owed = bool(self._held_heads().size)
+        return released
 
     def give_back(self, pages_wanted: int) -> int:
         """Give held blocks back, at least as many pages as wanted if there are so many; number of pages.
@@ -123,7 +145,10 @@ class HintReport:
         """
         with self._buddy.lock:
             blocks = max(-(-pages_wanted // BLOCK_PAGES), GIVE_BACK_BLOCKS_MIN)
-            heads = self._held_heads()[-blocks:]  # highest first: low memory is scarcer
+            heads = self._held_heads()
+            if self.wait_on_ack:
+                heads = heads[self._frames.index[heads.astype(np.int64)] & AT_DEVICE == 0]
+            heads = heads[-blocks:]  # highest first: low memory is scarcer
             if heads.size:
                 self._buddy.free_blocks(heads, HINT_ORDER)
             return int(heads.size) * BLOCK_PAGES
@@ -149,14 +174,24 @@ class HintReport:
     def settle(self) -> bool:
         """Take back what the device used; whether it used anything."""
         used = self._ring.used()
+        acknowledged = []
         for buffer in used:
             if isinstance(buffer.token, str):
                 self._commands_in_flight.discard(buffer.token)
+            elif self.wait_on_ack:
+                acknowledged.append(self._ring.address_of(buffer.head) >> 12)
+        if acknowledged:
+            self._frames.index[acknowledged] &= ~np.uint32(AT_DEVICE)
+            if self._release_owed:
+                self.release()
         return bool(used)
 
     def save(self) -> dict[str, Any]:
         """What RAM does not say. A report under way ends here: the next host's device never saw it begin."""
-        return {"commands_in_flight": sorted(self._commands_in_flight)}
+        return {
+            "commands_in_flight": sorted(self._commands_in_flight),
+            "release_owed": self._release_owed,
+        }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `save` gave.
@@ -164,10 +199,14 @@ class HintReport:
         Raises:
             RestoreError: the saved report is malformed.
         """
-        in_flight = saved.get("commands_in_flight")
-        if not isinstance(in_flight, list) or not COMMAND_SLOTS.keys() >= set(map(str, in_flight)):
+        in_flight, owed = saved.get("commands_in_flight"), saved.get("release_owed")
+        if (
+            not isinstance(in_flight, list)
+            or not COMMAND_SLOTS.keys() >= set(map(str, in_flight))
+            or not isinstance(owed, bool)
+        ):
             raise RestoreError(f"saved hint report is malformed: {saved!r}"[:200])
-        self._commands_in_flight = set(in_flight)
+        self._commands_in_flight, self._release_owed = set(in_flight), owed
 
     def _finish(self) -> None:
         self._phase, self._ended = Phase.IDLE, self._command_id
@@ -183,9 +222,10 @@ class HintReport:
             return False
         address = self._area.command_slot(COMMAND_SLOTS[token])
         self._memory[address : address + CMD_ID_BYTES] = value.to_bytes(CMD_ID_BYTES, "little")
+        self._used_before = self._ring.device_base
         self._ring.add([(address, CMD_ID_BYTES)], [], token)
         self._commands_in_flight.add(token)
-        self._publish()
+        self._publish(kick=token == STOP_TOKEN or self.before_kick is None)
         return True
 
     def _send_blocks(self) -> bool:
@@ -199,12 +239,31 @@ class HintReport:
             self._phase = Phase.CLOSING
             return True
         self._blocks_left -= int(heads.size)
-        lengths = np.full(heads.size, BLOCK_BYTES, dtype=np.uint32)
-        added = self._ring.add_inbufs(heads << np.uint64(12), lengths, reserve=RESERVED_DESCRIPTORS)
+        if self.wait_on_ack:
+            self._frames.index[heads.astype(np.int64)] |= AT_DEVICE
+        counts = np.full(heads.size, BLOCK_PAGES, dtype=np.uint64)
+        added = self._offer(heads, counts)
         assert added == heads.size, (added, heads.size)
-        self._publish()
+        self._let_go(heads, counts)
         return True
 
-    def _publish(self) -> None:
-        if self._ring.publish():
+    def _offer(self, heads: U64Array, page_counts: U64Array) -> int:
+        """Queue free blocks, as many as there is room for; how many."""
+        lengths = (page_counts << np.uint64(12)).astype(np.uint32)
+        added = self._ring.add_inbufs(heads << np.uint64(12), lengths, reserve=RESERVED_DESCRIPTORS)
+        self._publish(kick=self.before_kick is None)
+        return added
+
+    def _let_go(self, heads: U64Array, page_counts: U64Array) -> None:
+        """These blocks are in the ring: the device may look at them, after `before_kick` had its turn."""
+        if self.before_kick is not None:
+            self.before_kick(heads, page_counts, self.give_back, self._device_untouched)
+            self._kick()
+
+    def _device_untouched(self) -> bool:
+        """Whether the device used nothing since the id was offered."""
+        return self._ring.device_base == self._used_before
+
+    def _publish(self, *, kick: bool = True) -> None:
+        if self._ring.publish() and kick:
             self._kick()

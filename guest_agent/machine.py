@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from guest_agent.balloon import Balloon
+from guest_agent.balloon_options import BalloonOptions
 from guest_agent.beats import Beats
 from guest_agent.boot import BootPage
 from guest_agent.buddy import BuddyAllocator
@@ -24,12 +25,14 @@ from guest_agent.frames import FrameTable
 from guest_agent.front_end import FrontEnd
 from guest_agent.gate import PauseGate
 from guest_agent.oracle import OracleLog, expectations
+from guest_agent.poison import Poison
 from guest_agent.ram import GuestRam
 from guest_agent.ring_area import RingArea
 from guest_agent.state import VcpuState, WorkloadState
 from guest_agent.threads import GuestThread
 from guest_agent.vcpu import Vcpu
 from guest_agent.workloads import Guest, build_workloads
+from guest_agent.workloads.retake import Retake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,6 +81,7 @@ class Machine:
         seed: int,
         clock_ns: int,
         on_failure: Callable[[str, BaseException], None],
+        balloon: BalloonOptions,
     ) -> None:
         self.options = options
         self.ram = ram
@@ -92,6 +96,8 @@ class Machine:
         self.workloads: list[Workload] = build_workloads(specs)
         self.frames = FrameTable(ram, boot)
         self.buddy = BuddyAllocator(ram, boot, self.frames)
+        if balloon.poison is not None:
+            self.buddy.poison = Poison(ram, balloon.poison)
         self.gate = PauseGate()
         self.clock = GuestClock(clock_ns)
         self._oracle = OracleLog(options.oracle)
@@ -100,7 +106,12 @@ class Machine:
         self._beats = Beats(options.beats, boot, self.gate, self._stopping)
         area = RingArea(boot.ring_address)
         self.front_end = FrontEnd(options.vhost_socket, ram, area.layouts, self._stopping)
-        self.balloon = Balloon(ram, self.frames, self.buddy, area, front_end=self.front_end, gate=self.gate)
+        self.balloon = Balloon(
+            ram, self.frames, self.buddy, area, front_end=self.front_end, gate=self.gate, options=balloon
+        )
+        for workload in self.workloads:
+            if isinstance(workload, Retake):
+                self.balloon.before_hint_kick(workload.take_back)
 
     @classmethod
     def boot_new(
@@ -108,6 +119,7 @@ class Machine:
         options: MachineOptions,
         specs: Sequence[dict[str, Any]],
         on_failure: Callable[[str, BaseException], None],
+        balloon: BalloonOptions,
     ) -> Machine:
         """A new guest with empty memory. `set_up` and `start` make it run.
 
@@ -118,7 +130,16 @@ class Machine:
         try:
             ram.protect()
             boot = BootPage.format(ram, guest_epoch=FIRST_EPOCH)
-            return cls(options, ram, boot, specs, seed=options.seed, clock_ns=0, on_failure=on_failure)
+            return cls(
+                options,
+                ram,
+                boot,
+                specs,
+                seed=options.seed,
+                clock_ns=0,
+                on_failure=on_failure,
+                balloon=balloon,
+            )
         except BaseException:
             ram.close()
             raise
@@ -149,7 +170,14 @@ class Machine:
             _check_image(ram, boot, state)
             specs = [workload.spec for workload in state.workloads]
             machine = cls(
-                options, ram, boot, specs, seed=state.seed, clock_ns=state.clock_ns, on_failure=on_failure
+                options,
+                ram,
+                boot,
+                specs,
+                seed=state.seed,
+                clock_ns=state.clock_ns,
+                on_failure=on_failure,
+                balloon=_balloon_options(state),
             )
             machine._restore_parts(state, device_features)
         except BaseException:
@@ -162,6 +190,8 @@ class Machine:
 
     def set_up(self) -> None:
         """Set all workloads up, one after the other: the guest boots."""
+        if self.buddy.poison is not None:
+            self.buddy.poison.fill_free(self.frames)
         for workload in self.workloads:
             workload.set_up(self._guest)
 
@@ -292,3 +322,13 @@ def _check_image(ram: GuestRam, boot: BootPage, state: VcpuState) -> None:
         raise RestoreError(
             f"the state is of epoch {state.guest_epoch}, the image of epoch {boot.guest_epoch}"
         )
+
+
+def _balloon_options(state: VcpuState) -> BalloonOptions:
+    options = state.driver.get("options")
+    if not isinstance(options, dict):
+        raise RestoreError("the vCPU state says nothing about its balloon driver")
+    try:
+        return BalloonOptions.from_dict(options)
+    except ValueError as error:
+        raise RestoreError(f"vCPU state: {error}") from error

@@ -22,7 +22,7 @@ from virtio.balloon import (
 )
 from virtio.split_ring import RingLayout, layout_at, ring_bytes
 
-__all__ = ["ARRAY_SLOTS", "PFN_ARRAY_BYTES", "RING_SIZES", "RingArea"]
+__all__ = ["ARRAY_SLOTS", "PFN_ARRAY_BYTES", "RING_SIZES", "STATS_BYTES", "RingArea"]
 
 # 1024 hints in flight are the 4 MiB blocks of a 4 GiB guest: its report needs no second look at the ring.
 RING_SIZES = {
@@ -36,6 +36,7 @@ ARRAY_SLOTS = (
     16  # PFN arrays in flight per direction: hides the device's answer time, holds up 16 MiB at most
 )
 PFN_ARRAY_BYTES = 4 * PFN_ARRAY_MAX
+STATS_BYTES = 256  # 25 entries of 10 bytes; Linux 6.12 knows 16
 COMMAND_SLOTS = 2  # the id that starts a report and the STOP that ends it may be in flight together
 
 
@@ -59,6 +60,11 @@ class RingArea:
         assert 0 <= slot < COMMAND_SLOTS, slot
         return self.base + _COMMANDS_OFFSET + 4 * slot
 
+    @property
+    def stats_buffer(self) -> int:
+        """Address of the one buffer of the stats queue, STATS_BYTES long."""
+        return self.base + _COMMANDS_OFFSET + _STATS_OFFSET
+
     def array_slot(self, queue: int, slot: int) -> int:
         """Address of one PFN array of the inflate or deflate queue."""
         assert queue in (QUEUE_INFLATE, QUEUE_DEFLATE), queue
@@ -71,7 +77,10 @@ def _whole_pages(size: int) -> int:
 
 
 _COMMANDS_OFFSET = sum(_whole_pages(ring_bytes(RING_SIZES[queue])) for queue in range(QUEUE_COUNT))
+_STATS_OFFSET = 64  # on the page of the commands: behind them, 16 of which would fit
 _ARRAYS_OFFSET = _COMMANDS_OFFSET + PAGE_BYTES
+assert 4 * COMMAND_SLOTS <= _STATS_OFFSET
+assert _STATS_OFFSET + STATS_BYTES <= PAGE_BYTES
 assert QUEUE_INFLATE == 0
 assert QUEUE_DEFLATE == 1
 assert _ARRAYS_OFFSET + 2 * ARRAY_SLOTS * PFN_ARRAY_BYTES <= RING_PAGES * PAGE_BYTES

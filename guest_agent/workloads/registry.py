@@ -16,10 +16,11 @@ from guest_agent.workloads.freed import Freed
 from guest_agent.workloads.idle import Idle
 from guest_agent.workloads.kv import KeyValueStore
 from guest_agent.workloads.options import Options
+from guest_agent.workloads.retake import Retake
 from guest_agent.workloads.writer import Writer
 
 WORKLOADS: Final[Mapping[str, type[Workload]]] = {
-    workload.kind: workload for workload in (Idle, Freed, Files, Writer, KeyValueStore)
+    workload.kind: workload for workload in (Idle, Freed, Files, Writer, KeyValueStore, Retake)
 }
 
 

@@ -299,7 +299,7 @@ def test_the_pacer_keeps_the_rate_and_never_bursts(rate: int) -> None:
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ({}, "none of files, freed, idle, kv, writer"),
+        ({}, "none of files, freed, idle, kv, retake, writer"),
         ({"name": "nothing"}, "'nothing' is none of"),
         ({"name": "idle", "depth": 1, "breadth": 2}, "unknown options breadth, depth"),
         ({"name": "freed"}, "fraction: missing"),
@@ -330,7 +330,7 @@ def test_units_and_plain_numbers_mean_the_same() -> None:
 def test_names_and_ids_follow_the_list() -> None:
     workloads: list[Workload] = build_workloads([{"name": "idle"}, {"name": "idle"}])
     assert [(workload.name, workload.id) for workload in workloads] == [("idle-1", 1), ("idle-2", 2)]
-    assert set(WORKLOADS) == {"idle", "freed", "files", "writer", "kv"}
+    assert set(WORKLOADS) == {"idle", "freed", "files", "writer", "kv", "retake"}
     with pytest.raises(WorkloadError, match="ids are"):
         build_workload({"name": "idle"}, 0)
 
