@@ -120,12 +120,13 @@ class MigrationServicer:
 
     @staticmethod
     def _store(receiver: PageReceiver, messages: Iterator[bytes]) -> Iterator[migration_pb2.ChunkAck]:
+        acknowledged = 0
         for message in messages:
             chunk = receiver.store(message)
             wanted = not chunk.data_page_count and not chunk.zero_page_count
-            if wanted or receiver.stored_chunks % ACK_EVERY == 0:
-                yield migration_pb2.ChunkAck(stored_below=receiver.stored_chunks)
-        yield migration_pb2.ChunkAck(stored_below=receiver.stored_chunks)
+            if wanted or receiver.stored_chunks - acknowledged == ACK_EVERY:
+                acknowledged = receiver.stored_chunks
+                yield migration_pb2.ChunkAck(stored_below=acknowledged)
 
 
 def register(servicer: MigrationServicer, server: grpc.Server) -> None:

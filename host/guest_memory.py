@@ -118,8 +118,8 @@ class HostRam:
 
     # --- reading ----------------------------------------------------------------------------------
 
-    def gather(self, pfns: U64Array, out: U8Array) -> None:
-        """Copy the pages `pfns` (strictly ascending) into `out`, shape (len(pfns), 4096), once; holes as zeros.
+    def gather(self, pfns: U64Array, out: memoryview) -> None:
+        """Copy the pages `pfns` (strictly ascending) into `out`, bytes, once and in order; holes as zeros.
 
         Every run is one pread: it neither maps nor allocates anything, whether a page is there or not.
         Measured per MiB: 0.16 ms in one run, as through a fresh mapping; 0.3 ms in 256 single pages, against
@@ -128,13 +128,12 @@ class HostRam:
         if len(pfns) == 0:
             return
         first, last = int(pfns[0]), int(pfns[-1])
-        flat = out.reshape(-1).data
         if last - first + 1 == len(pfns):
-            self._read_exactly(first, flat)
+            self._read_exactly(first, out)
             return
         bounds = [0, *(np.flatnonzero(np.diff(pfns) != 1) + 1).tolist(), len(pfns)]
         for start, end in itertools.pairwise(bounds):
-            self._read_exactly(int(pfns[start]), flat[start * PAGE_BYTES : end * PAGE_BYTES])
+            self._read_exactly(int(pfns[start]), out[start * PAGE_BYTES : end * PAGE_BYTES])
 
     def hash_pages(self) -> U64Array:
         """xxh3_64 of every page, from scratch; a hole has ZERO_PAGE_HASH and stays a hole."""

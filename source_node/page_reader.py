@@ -10,6 +10,7 @@ Rule 3: `sent_hashes` says, per page, the hash of the bytes that were sent last;
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from migration.codec import (
     CHUNK_PAGES_MAX,
     ZERO_PAGE_HASH,
+    ChunkHead,
     ChunkHeader,
     encode_chunk,
     page_hashes,
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from host.guest_memory import HostRam
-    from migration.pages import BoolArray, U32Array, U64Array
+    from migration.pages import BoolArray, U8Array, U32Array, U64Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,6 @@ class PageReader:
         self._incarnation = incarnation
         self._attempt = attempt
         self._detects_zero = detects_zero
-        self._buffer = np.empty((CHUNK_PAGES_MAX, PAGE_BYTES), np.uint8)
         self._holes: BoolArray | None = None
 
     def find_holes(self) -> None:
@@ -70,29 +71,41 @@ class PageReader:
 
     def marker(self, round_index: int) -> OutgoingChunk:
         """A chunk without pages: it asks for an acknowledgement at once."""
-        return self._chunk(round_index, _NO_PFNS, _NO_PFNS, _NO_PFNS, _NO_DATA)
+        return self._chunk(round_index, _NO_PFNS, _NO_PFNS, _NO_DATA)
 
     def _zero_chunk(self, round_index: int, pfns: U64Array) -> OutgoingChunk:
-        return self._chunk(round_index, _NO_PFNS, pfns, _NO_PFNS, _NO_DATA)
+        return self._chunk(round_index, _NO_PFNS, pfns, _NO_DATA)
 
     def _data_chunk(self, round_index: int, pfns: U64Array) -> OutgoingChunk:
-        pages = self._buffer[: len(pfns)]
-        self._ram.gather(pfns, pages)
-        zero_pfns = _NO_PFNS
-        if self._detects_zero:
-            zero = zero_pages_mask(pages)
-            if zero.any():
-                zero_pfns, pfns, pages = pfns[zero], pfns[~zero], pages[~zero]
-        data = pages.reshape(-1).data
-        return self._chunk(round_index, pfns, zero_pfns, page_hashes(data), data)
+        """The pages are read into their place in the message, which is right unless one of them turns out zero."""
+        run_first, run_pages, where = _runs(pfns)
+        head = ChunkHead(self._header(round_index), run_first, run_pages, _NO_PFNS, _NO_COUNTS)
+        message = BytesIO()
+        message.seek(head.size + len(pfns) * PAGE_BYTES - 1)
+        message.write(b"\0")
+        with message.getbuffer() as whole, whole[head.size :] as pages:
+            self._ram.gather(pfns, pages)
+            if self._detects_zero:
+                zero = zero_pages_mask(pages)
+                if zero.any():
+                    data = np.frombuffer(pages, np.uint8).reshape(-1, PAGE_BYTES)[~zero]
+                    return self._chunk(round_index, pfns[~zero], pfns[zero], data)
+            hashes = page_hashes(pages)
+            whole[: head.size] = head.to_bytes(hashes)
+        self.sent_hashes[where] = hashes
+        self.chunks += 1
+        return OutgoingChunk(message.getvalue(), len(pfns), 0)
 
-    def _chunk(
-        self, round_index: int, pfns: U64Array, zero_pfns: U64Array, hashes: U64Array, data: memoryview
-    ) -> OutgoingChunk:
-        header = ChunkHeader(self._incarnation, self._attempt, round_index, self.chunks)
+    def _header(self, round_index: int) -> ChunkHeader:
+        return ChunkHeader(self._incarnation, self._attempt, round_index, self.chunks)
+
+    def _chunk(self, round_index: int, pfns: U64Array, zero_pfns: U64Array, data: U8Array) -> OutgoingChunk:
         run_first, run_pages, where = _runs(pfns)
         zero_first, zero_pages, zero_where = _runs(zero_pfns)
-        message = encode_chunk(header, run_first, run_pages, zero_first, zero_pages, hashes, data)
+        hashes = page_hashes(data)
+        message = encode_chunk(
+            self._header(round_index), run_first, run_pages, zero_first, zero_pages, hashes, data
+        )
         self.sent_hashes[where] = hashes
         self.sent_hashes[zero_where] = ZERO_PAGE_HASH
         self.chunks += 1
@@ -101,7 +114,7 @@ class PageReader:
 
 _NO_PFNS: U64Array = np.empty(0, np.uint64)
 _NO_COUNTS: U32Array = np.empty(0, np.uint32)
-_NO_DATA = memoryview(b"")
+_NO_DATA: U8Array = np.empty(0, np.uint8)
 
 
 def _runs(pfns: U64Array) -> tuple[U64Array, U32Array, slice | U64Array]:

@@ -1,11 +1,12 @@
 """The page stream: one bidirectional gRPC call, chunks out, cumulative acknowledgements in.
 
 Rule 1: messages are bytes already (identity serialiser); nothing here looks into them.
-Rule 2: pages are read by the very thread that feeds them to gRPC, at the moment when one more chunk may go: a
-        second thread would cost a hand-over of the interpreter per chunk (measured: half a CPU-second per GiB),
-        and a slow destination holds no memory here.
+Rule 2: one thread, gRPC's own that takes the messages, reads the pages, at the moment when one more chunk may go,
+        and takes the acknowledgements, when the window asks for them. Every further thread costs a hand-over of
+        the interpreter per chunk: half a CPU-second per GiB for one that reads pages, a tenth of that for one
+        that waits for acknowledgements, because gRPC wakes it at every message that was sent.
 Rule 3: what is not acknowledged is bounded by WINDOW_CHUNKS; bandwidth, if limited, is kept chunk by chunk.
-Rule 4: whatever ends the call before `close` is told once, through `on_lost`, in one line.
+Rule 4: whatever ends the call before `close` is told once, through `stream_lost`, in one line.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 METHOD = "/ballast.v1.Migration/Pages"
 WINDOW_CHUNKS = 64  # 64 MiB at most between guest RAM and the destination's; it acknowledges every 16
+# An error of the destination shows when the acknowledgements before it were taken: at 64 chunks that would be
+# half a minute of a stream limited to 20 Mbit/s. Such a stream has far fewer than these on the way.
+LIMITED_WINDOW_CHUNKS = 24
 GRPC_PREFIX_BYTES = 5  # compressed flag and length before every gRPC message
 
 
@@ -54,6 +58,7 @@ class PageStream:
         self.batch_sent = PagesSent(0, 0, 0)  # of the batch under way, for progress
         self._listener = listener
         self._bytes_per_second = bytes_per_second
+        self._window_chunks = WINDOW_CHUNKS if bytes_per_second is None else LIMITED_WINDOW_CHUNKS
         self._paced_until_ns = 0
         self._changed = threading.Condition()
         self._stored_below = 0
@@ -66,15 +71,15 @@ class PageStream:
             response_deserializer=migration_pb2.ChunkAck.FromString,
         )
         self._call = pages(self._requests())
-        self._thread = threading.Thread(target=self._read_acks, name="page-acks", daemon=True)
-        self._thread.start()
+        if not self._call.add_callback(self._call_ended):
+            self._call_ended()
 
     def send(self, batch: Iterable[OutgoingChunk]) -> None:
         """Read and send these chunks, lazily -> pages_sent."""
         self._batches.put(batch)
 
     def await_acknowledgements(self, marker: OutgoingChunk) -> None:
-        """Send a chunk that asks for an acknowledgement, and wait for it aside -> all_acknowledged."""
+        """Send a chunk that asks for an acknowledgement, and wait for it -> all_acknowledged."""
         self._batches.put(marker)
 
     def close(self, timeout_s: float) -> bool:
@@ -92,7 +97,8 @@ class PageStream:
             self._changed.notify_all()
         self._batches.put(None)
         self._call.cancel()
-        self._thread.join()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended)
 
     # -- gRPC's sending thread -----------------------------------------------------------------
 
@@ -105,7 +111,8 @@ class PageStream:
                 else:
                     yield from self._messages(batch)
             except Exception as error:
-                # gRPC would only log it and leave the call open: the migration has to hear of it.
+                # gRPC would only log it: the migration has to hear of it, and of the call's end no more.
+                self._closing = True
                 self._listener.stream_lost(f"pages cannot be read: {type(error).__name__}: {error}")
                 raise
 
@@ -134,11 +141,8 @@ class PageStream:
 
     def _wait_for_turn(self, message_bytes: int) -> bool:
         """Wait for room in the window and for the bandwidth's next slot; False when the stream is over."""
-        if self.sent_chunks - self._stored_below >= WINDOW_CHUNKS:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._over or self.sent_chunks - self._stored_below < WINDOW_CHUNKS
-                )
+        if not self._acknowledged(self._window_chunks - 1):
+            return False
         if self._bytes_per_second is not None:
             with self._changed:
                 while not self._over and (ahead_ns := self._paced_until_ns - now_ns()) > 0:
@@ -152,32 +156,35 @@ class PageStream:
         return self._closing or self._ended
 
     def _await_all(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._over or self._stored_below == self.sent_chunks)
-            complete = self._stored_below == self.sent_chunks
-        if complete:
+        if self._acknowledged(0):
             self._listener.all_acknowledged()
 
-    # -- acknowledgements ----------------------------------------------------------------------
-
-    def _read_acks(self) -> None:
-        reason = "the destination ended the page stream"
+    def _acknowledged(self, outstanding_max: int) -> bool:
+        """Take acknowledgements until no more chunks than this are without; False when the stream is over."""
         try:
-            for ack in self._call:
-                with self._changed:
-                    self._stored_below = ack.stored_below
-                    self._changed.notify_all()
-        except grpc.RpcError as error:
-            reason = f"page stream: {one_line(error)}"
-        finally:
-            with self._changed:
-                expected, self._ended = self._closing, True
-                self._changed.notify_all()
-        if not expected:
-            self._listener.stream_lost(reason)
+            while not self._over and self.sent_chunks - self._stored_below > outstanding_max:
+                ack = next(self._call, None)
+                if ack is None:
+                    return False
+                self._stored_below = ack.stored_below
+        except grpc.RpcError:  # told by _call_ended
+            return False
+        return not self._over
+
+    def _call_ended(self) -> None:
+        """Called by gRPC, once."""
+        with self._changed:
+            expected, self._ended = self._closing, True
+            self._changed.notify_all()
+        if expected:
+            return
+        if self._call.code() is grpc.StatusCode.OK:
+            self._listener.stream_lost("the destination ended the page stream")
+        else:
+            self._listener.stream_lost(f"page stream: {one_line(self._call)}")
 
 
-def one_line(error: grpc.RpcError) -> str:
+def one_line(error: grpc.RpcError | grpc.Call) -> str:
     """Status and details of a failed call, as one line for a person."""
     # Every RpcError of a call that was made is its grpc.Call too; the type stubs do not say so.
     call = cast("Any", error)

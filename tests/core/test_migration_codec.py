@@ -15,6 +15,7 @@ from migration.codec import (
     MESSAGE_BYTES_MAX,
     ZERO_PAGE_HASH,
     ZERO_RUNS_MAX,
+    ChunkHead,
     ChunkHeader,
     chunk_hash,
     decode_chunk,
@@ -152,6 +153,7 @@ def fields_of(encoded):
 @given(chunk_parts())
 def test_our_bytes_are_protobufs_bytes(parts) -> None:
     encoded = encode_chunk(*parts)
+    assert ChunkHead(*parts[:5]).size == len(encoded) - parts[6].nbytes, "known before the pages are"
     assert type(encoded) is bytes, "gRPC takes nothing else"
     assert encoded == as_protobuf(parts).SerializeToString()
     assert_says_the_same(decode_chunk(encoded, pages=PAGES), PageChunk.FromString(encoded))
@@ -187,10 +189,10 @@ def test_lists_that_are_not_packed_are_read_too() -> None:
 def test_of_two_data_fields_the_last_counts_as_in_protobuf() -> None:
     data = page_data(1)
     encoded = encode_chunk(HEADER, u64([5]), u32([1]), u64([]), u32([]), page_hashes(data), data)
-    doubled = codec._data_prefix(3) + b"abc" + encoded
+    doubled = codec._prefix(codec.DATA_TAG, 3) + b"abc" + encoded
     assert_says_the_same(decode_chunk(doubled, pages=PAGES), PageChunk.FromString(doubled))
     with pytest.raises(RemoteProtocolError, match="disagree"):
-        decode_chunk(encoded + codec._data_prefix(3) + b"abc", pages=PAGES)
+        decode_chunk(encoded + codec._prefix(codec.DATA_TAG, 3) + b"abc", pages=PAGES)
 
 
 def test_the_largest_chunk_passes_and_its_data_is_not_copied() -> None:
@@ -352,7 +354,9 @@ def test_a_page_that_differs_from_its_hash_is_named() -> None:
 
 def test_floods_of_list_entries_and_of_fields_are_refused_before_they_are_parsed() -> None:
     flood = bytes(1 << 20)
-    packed = b"\x2a" + codec._data_prefix(len(flood))[1:] + flood  # run_first with a million entries
+    packed = (
+        b"\x2a" + codec._prefix(codec.DATA_TAG, len(flood))[1:] + flood
+    )  # run_first with a million entries
     with pytest.raises(RemoteProtocolError, match="too long"):
         decode_chunk(packed, pages=PAGES)
     with pytest.raises(RemoteProtocolError, match="too many"):
