@@ -354,9 +354,8 @@ def test_a_page_that_differs_from_its_hash_is_named() -> None:
 
 def test_floods_of_list_entries_and_of_fields_are_refused_before_they_are_parsed() -> None:
     flood = bytes(1 << 20)
-    packed = (
-        b"\x2a" + codec._prefix(codec.DATA_TAG, len(flood))[1:] + flood
-    )  # run_first with a million entries
+    # run_first with a million entries
+    packed = b"\x2a" + codec._prefix(codec.DATA_TAG, len(flood))[1:] + flood
     with pytest.raises(RemoteProtocolError, match="too long"):
         decode_chunk(packed, pages=PAGES)
     with pytest.raises(RemoteProtocolError, match="too many"):
