@@ -91,7 +91,12 @@ class PauseGuest:
 
 @dataclass(frozen=True, slots=True)
 class SaveGuest:
-    """Take vCPU and device state, end the page stream, compute the digest -> GuestSaved."""
+    """Take vCPU and device state, end the page stream, compute the digest -> GuestSaved.
+
+    Of a guest that stays (`rehearsal`) there is no vCPU state to take.
+    """
+
+    rehearsal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,7 @@ class SendPrepare:
 
     key: AttemptKey
     image_digest: int
+    rehearsal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +114,15 @@ class SendCommit:
 
     key: AttemptKey
     image_digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeepEvidence:
+    """Write down what a judge will ask for about a rehearsal, before its traces are gone.
+
+    Source: hashes of the paused guest's RAM, from scratch, and its frame table -> EvidenceKept. Destination:
+    hashes of what it read back; no answer.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +166,7 @@ class Note:
 class EndMigration:
     """The attempt is over; nothing follows."""
 
-    outcome: str  # completed | cancelled | failed
+    outcome: str  # completed | rehearsal | cancelled | failed
     reason: str
 
 
@@ -171,6 +186,7 @@ SourceCommand = (
     | SaveGuest
     | SendPrepare
     | SendCommit
+    | KeepEvidence
     | ResumeGuest
     | FreezeGuest
     | AbortDestination
@@ -214,7 +230,10 @@ class ConfirmGuest:
 
 @dataclass(frozen=True, slots=True)
 class RunGuest:
-    """Let the restored guest run, take its balloon over, tell it DONE. No answer."""
+    """Let the restored guest run, take its balloon over, tell it DONE -> GuestStarted | GuestStartFailed.
+
+    May be ordered again for the same attempt.
+    """
 
     key: AttemptKey
 
@@ -245,6 +264,7 @@ DestCommand = (
     RecordState
     | ReserveMemory
     | VerifyImage
+    | KeepEvidence
     | RestoreGuest
     | ConfirmGuest
     | RunGuest

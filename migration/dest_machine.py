@@ -3,9 +3,11 @@
 Rule 1: one attempt at a time. A newer attempt is taken in only after the older one was aborted, its writers
         joined and its memory made zero again; never while an outcome is open (PREPARED) or a guest runs here.
 Rule 2: PREPARED is recorded only after every writer is joined, the image verified and the agent restored it.
-Rule 3: PREPARED becomes COMMITTED in one durable step, and the guest runs only after it.
+Rule 3: PREPARED becomes COMMITTED in one durable step, and the guest runs only after it. COMMITTED is answered,
+        and may be forgotten, only when the guest runs (or its process is known to be gone).
 Rule 4: once ABORTED is recorded for an attempt, nothing makes it anything else.
-Rule 5: a call about another attempt than the one at hand is answered from what was recorded, or UNKNOWN.
+Rule 5: a rehearsal is verified and then aborted, durably, before it is answered: nothing can commit it.
+Rule 6: a call about another attempt than the one at hand is answered from what was recorded, or UNKNOWN.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from migration.commands import (
     DestCommand,
     DiscardImage,
     ForgetAttempt,
+    KeepEvidence,
     Note,
     RecordState,
     Reply,
@@ -35,6 +38,8 @@ from migration.events import (
     ForgetRequested,
     GuestConfirmed,
     GuestRestored,
+    GuestStarted,
+    GuestStartFailed,
     ImageRefused,
     ImageVerified,
     OpenRequested,
@@ -58,6 +63,7 @@ class DestPhase(Enum):
     PREPARED = auto()
     CONFIRMING = auto()
     RECORDING_COMMITTED = auto()
+    STARTING = auto()
     COMMITTED = auto()
     ABORTING = auto()
     ABORTED = auto()
@@ -73,16 +79,24 @@ TRANSITIONS: dict[DestPhase, dict[type[DestEvent], frozenset[DestPhase]]] = {
         StreamBroken: frozenset({P.ABORTING}),
         PrepareRequested: frozenset({P.VERIFYING}),
     },
-    P.VERIFYING: {ImageVerified: frozenset({P.RESTORING}), ImageRefused: frozenset({P.ABORTING})},
+    P.VERIFYING: {ImageVerified: frozenset({P.RESTORING, P.ABORTING}), ImageRefused: frozenset({P.ABORTING})},
     P.RESTORING: {GuestRestored: frozenset({P.RECORDING_PREPARED}), ImageRefused: frozenset({P.ABORTING})},
     P.RECORDING_PREPARED: {StateRecorded: frozenset({P.PREPARED})},
     P.PREPARED: {
+        OpenRequested: frozenset({P.ABORTING}),
         StreamBroken: frozenset({P.PREPARED}),
         PrepareRequested: frozenset({P.PREPARED}),
         CommitRequested: frozenset({P.CONFIRMING}),
     },
     P.CONFIRMING: {GuestConfirmed: frozenset({P.RECORDING_COMMITTED}), ImageRefused: frozenset({P.ABORTING})},
-    P.RECORDING_COMMITTED: {StateRecorded: frozenset({P.COMMITTED})},
+    P.RECORDING_COMMITTED: {StateRecorded: frozenset({P.STARTING})},
+    P.STARTING: {
+        GuestStarted: frozenset({P.COMMITTED}),
+        GuestStartFailed: frozenset({P.STARTING, P.COMMITTED}),
+        CommitRequested: frozenset({P.STARTING}),
+        AbortRequested: frozenset({P.STARTING}),
+        StreamBroken: frozenset({P.STARTING}),
+    },
     P.COMMITTED: {
         StreamBroken: frozenset({P.COMMITTED}),
         CommitRequested: frozenset({P.COMMITTED}),
@@ -116,7 +130,7 @@ class DestMachine:
         self._prepare: PrepareRequested | None = None
         self._abort_reason = ""
         self._next_open: OpenRequested | None = None
-        self._reply_when_aborted = False
+        self._reply_when_aborted: Answer | None = None
         self._handlers: dict[DestPhase, Callable[[DestEvent], list[DestCommand]]] = {
             P.IDLE: self._on_open,
             P.OPENING: self._on_opening,
@@ -127,6 +141,7 @@ class DestMachine:
             P.PREPARED: self._on_prepared,
             P.CONFIRMING: self._on_confirming,
             P.RECORDING_COMMITTED: self._on_recording_committed,
+            P.STARTING: self._on_starting,
             P.COMMITTED: self._on_committed,
             P.ABORTING: self._on_aborting,
             P.ABORTED: self._on_aborted,
@@ -178,16 +193,12 @@ class DestMachine:
         match event:
             case OpenRequested(key) if key == self.key:
                 return [Reply(Answer.UNKNOWN)]  # a repeated Open of this attempt: the same memory
-            case OpenRequested(key):
-                assert self.key is not None
-                if (key.migration, key.attempt) <= (self.key.migration, self.key.attempt):
-                    raise RemoteProtocolError(f"attempt {key} is older than {self.key}")
-                self._next_open = event
-                return self._abort(f"replaced by attempt {key}", reply=False)
+            case OpenRequested():
+                return self._replace(event)
             case StreamBroken(reason):
-                return self._abort(reason, reply=False)
+                return self._abort(reason, reply=None)
             case AbortRequested(_, reason):
-                return self._abort(reason, reply=True)
+                return self._abort(reason)
             case PrepareRequested():
                 self._prepare = event
                 self.phase = P.VERIFYING
@@ -198,14 +209,17 @@ class DestMachine:
 
     def _on_verifying(self, event: DestEvent) -> list[DestCommand]:
         if isinstance(event, ImageRefused):
-            return self._abort(event.reason, reply=True)
-        self.phase = P.RESTORING
+            return self._abort(event.reason)
         assert self.key is not None
+        assert self._prepare is not None
+        if self._prepare.rehearsal:
+            return [KeepEvidence(), *self._abort("a rehearsal", reply=Answer.VERIFIED)]
+        self.phase = P.RESTORING
         return [RestoreGuest(self.key)]
 
     def _on_restoring(self, event: DestEvent) -> list[DestCommand]:
         if isinstance(event, ImageRefused):
-            return self._abort(event.reason, reply=True)
+            return self._abort(event.reason)
         self.phase = P.RECORDING_PREPARED
         assert self.key is not None
         return [RecordState(self.key, Recorded.PREPARED)]
@@ -221,8 +235,12 @@ class DestMachine:
             case StreamBroken():
                 return []  # the pages are in; only the source's word counts now
             case AbortRequested(_, reason):
-                return self._abort(reason, reply=True)
+                return self._abort(reason)
+            case OpenRequested():
+                return self._replace(event)
             case PrepareRequested():
+                if event.rehearsal:
+                    raise RemoteProtocolError(f"attempt {self.key} is prepared, it is no rehearsal")
                 self._check_same_image(event.image_digest)
                 return [Reply(Answer.PREPARED)]
             case CommitRequested(_, image_digest):
@@ -230,6 +248,20 @@ class DestMachine:
                 self.phase = P.CONFIRMING
                 return [ConfirmGuest(self.key)]
         raise LocalProtocolError(f"unhandled {event}")
+
+    def _replace(self, event: OpenRequested) -> list[DestCommand]:
+        """Give the attempt at hand up for a new one, where it is certain that nobody needs it any more.
+
+        A later attempt of the same migration proves that its source burned this one. Another migration may
+        come in only where nothing was promised and nobody sends.
+        """
+        assert self.key is not None
+        later = event.key.migration == self.key.migration and event.key.attempt > self.key.attempt
+        abandoned = self.phase is P.RECEIVING and event.idle and event.key.migration != self.key.migration
+        if not (later or abandoned):
+            raise RemoteProtocolError(f"attempt {self.key} is {self.phase.name} here; {event.key} must wait")
+        self._next_open = event
+        return self._abort(f"replaced by attempt {event.key}", reply=None)
 
     def _check_same_image(self, image_digest: int) -> None:
         assert self._prepare is not None
@@ -242,7 +274,7 @@ class DestMachine:
 
     def _on_confirming(self, event: DestEvent) -> list[DestCommand]:
         if isinstance(event, ImageRefused):
-            return self._abort(event.reason, reply=True)
+            return self._abort(event.reason)
         self.phase = P.RECORDING_COMMITTED
         assert self.key is not None
         return [RecordState(self.key, Recorded.COMMITTED)]
@@ -250,8 +282,27 @@ class DestMachine:
     def _on_recording_committed(self, event: DestEvent) -> list[DestCommand]:
         assert isinstance(event, StateRecorded)
         assert self.key is not None
-        self.phase = P.COMMITTED
-        return [Note("committed", {}), RunGuest(self.key), Reply(Answer.COMMITTED)]
+        self.phase = P.STARTING
+        return [Note("committed", {}), RunGuest(self.key)]
+
+    def _on_starting(self, event: DestEvent) -> list[DestCommand]:
+        """The guest is ours; whoever asks has it started again, until it runs or its process is gone."""
+        assert self.key is not None
+        match event:
+            case GuestStarted():
+                self.phase = P.COMMITTED
+                return [Reply(Answer.COMMITTED)]
+            case GuestStartFailed(reason, lost):
+                if lost:
+                    self.phase = P.COMMITTED
+                    return [Note("guest_lost", {"reason": reason}), Reply(Answer.COMMITTED, reason)]
+                return [Reply(Answer.UNKNOWN, f"committed, and the guest does not run yet: {reason}")]
+            case CommitRequested(_, image_digest):
+                self._check_same_image(image_digest)
+                return [RunGuest(self.key)]
+            case AbortRequested():
+                return [Reply(Answer.COMMITTED)]
+        return []
 
     def _on_committed(self, event: DestEvent) -> list[DestCommand]:
         match event:
@@ -266,7 +317,7 @@ class DestMachine:
 
     # -- giving up -----------------------------------------------------------------------------
 
-    def _abort(self, reason: str, *, reply: bool) -> list[DestCommand]:
+    def _abort(self, reason: str, *, reply: Answer | None = Answer.ABORTED) -> list[DestCommand]:
         assert self.key is not None
         self._abort_reason, self._reply_when_aborted = reason, reply
         self.phase = P.ABORTING
@@ -275,13 +326,15 @@ class DestMachine:
     def _on_aborting(self, event: DestEvent) -> list[DestCommand]:
         assert isinstance(event, StateRecorded)
         self.phase = P.ABORTED
-        note = Note("aborted", {"reason": self._abort_reason})
+        answer = self._reply_when_aborted
+        note = (
+            Note("rehearsed", {})
+            if answer is Answer.VERIFIED
+            else Note("aborted", {"reason": self._abort_reason})
+        )
         if self._next_open is not None:
             return [note, *self._on_open(self._next_open)]
-        reply: list[DestCommand] = (
-            [Reply(Answer.ABORTED, self._abort_reason)] if self._reply_when_aborted else []
-        )
-        return [note, *reply]
+        return [note] if answer is None else [note, Reply(answer, self._abort_reason)]
 
     def _on_aborted(self, event: DestEvent) -> list[DestCommand]:
         match event:

@@ -36,12 +36,16 @@ class Skip(Enum):
 
 
 class Answer(Enum):
-    """What a destination says about an attempt; UNKNOWN is no answer (DESIGN 3.4)."""
+    """What a destination says about an attempt; UNKNOWN is no answer (DESIGN 3.4).
+
+    VERIFIED is said of a rehearsal: its image was right, and the attempt is aborted, as was asked for.
+    """
 
     UNKNOWN = 0
     PREPARED = 1
     COMMITTED = 2
     ABORTED = 3
+    VERIFIED = 4
 
 
 class Recorded(Enum):
@@ -76,6 +80,15 @@ class MigrationRequested:
     skip: Skip
     limits: Limits
     hint_wait_ms: int
+    rehearsal: bool = False  # everything but the hand-over
+
+
+@dataclass(frozen=True, slots=True)
+class CommitPending:
+    """A restarted source found this attempt COMMITTING in its journal: only the destination can tell more."""
+
+    key: AttemptKey
+    image_digest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +164,15 @@ class GuestSaved:
 
 @dataclass(frozen=True, slots=True)
 class PrepareAnswered:
-    """PREPARED, or ABORTED with a reason."""
+    """PREPARED (of a rehearsal: VERIFIED), or ABORTED with a reason."""
 
     answer: Answer
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceKept:
+    """What a judge will ask for about the paused guest is written down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +225,7 @@ class CancelRequested:
 
 SourceEvent = (
     MigrationRequested
+    | CommitPending
     | DestinationOpened
     | TrackingStarted
     | Harvested
@@ -218,6 +237,7 @@ SourceEvent = (
     | GuestPaused
     | GuestSaved
     | PrepareAnswered
+    | EvidenceKept
     | CommitAnswered
     | StateRecorded
     | GuestResumed
@@ -232,10 +252,11 @@ SourceEvent = (
 
 @dataclass(frozen=True, slots=True)
 class OpenRequested:
-    """A source wants to send this guest."""
+    """A source wants to send this guest. `idle`: no page stream of the attempt at hand is open."""
 
     key: AttemptKey
     memory_bytes: int
+    idle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +274,7 @@ class PrepareRequested:
     incarnation: str
     image_digest: int
     chunks: int
+    rehearsal: bool = False  # verify, and let go
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +300,19 @@ class CommitRequested:
 
     key: AttemptKey
     image_digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class GuestStarted:
+    """The guest runs here."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestStartFailed:
+    """The agent did not start the guest this time; `lost` when its process is gone and nothing is left to run."""
+
+    reason: str
+    lost: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +345,8 @@ DestEvent = (
     | StateRecorded
     | CommitRequested
     | GuestConfirmed
+    | GuestStarted
+    | GuestStartFailed
     | AbortRequested
     | ForgetRequested
 )

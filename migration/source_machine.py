@@ -7,6 +7,8 @@ Rule 3: the end is pause, rings stopped, last harvest, last pages, state, Prepar
 Rule 4: before COMMITTING is recorded every failure ends in ABORTED, recorded before the guest runs again.
 Rule 5: after COMMITTING is recorded only the destination's answer decides; "unknown" is no answer.
 Rule 6: however an attempt ends at the source, a guest that was asked for hints is told DONE.
+Rule 7: a rehearsal goes the same way up to Prepare, which only verifies, and then turns back like any attempt that
+        cannot go on: ABORTED is recorded before the guest runs. It never comes near COMMITTING.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from migration.commands import (
     ForgetDestination,
     FreezeGuest,
     Harvest,
+    KeepEvidence,
     Note,
     OpenDestination,
     OpenHints,
@@ -47,11 +50,14 @@ from migration.events import (
     Answer,
     CancelRequested,
     CommitAnswered,
+    CommitPending,
     DestinationOpened,
+    EvidenceKept,
     GuestPaused,
     GuestSaved,
     Harvested,
     HintsClosed,
+    HintsOpened,
     HintsReported,
     HostFailed,
     MigrationRequested,
@@ -59,6 +65,7 @@ from migration.events import (
     PeerLost,
     PrepareAnswered,
     Recorded,
+    Skip,
     SourceEvent,
     StateRecorded,
     Timer,
@@ -67,10 +74,10 @@ from migration.events import (
 )
 from migration.ledger import MigrationLedger, RoundTotals
 from migration.round_set import RoundSet
-from migration.rounds import DecisionKind, RoundStats, decide
+from migration.rounds import DecisionKind, Limits, RoundStats, decide
 from migration.source_phases import (
     FINAL_PHASES,
-    HINT_TOLERANT_PHASES,
+    HINT_PHASES,
     LATE_ANSWERS,
     REVERSIBLE_PHASES,
     TRANSITIONS,
@@ -109,6 +116,7 @@ class SourceMachine:
             P.FINAL_DRAINING: self._on_final_draining,
             P.SAVING: self._on_saving,
             P.PREPARING: self._on_preparing,
+            P.KEEPING_EVIDENCE: self._on_keeping_evidence,
             P.RECORDING: self._on_recording,
             P.COMMITTING: self._on_committing,
             P.COMPLETING: self._on_completing,
@@ -123,9 +131,11 @@ class SourceMachine:
         self._payload_bytes = 0
         self._pending: BoolArray
         self._image_digest = 0
+        self._commits_unanswered = 0
         self._pause_ordered = False
         self._hints_ordered = False
         self._hints_open = False
+        self._command_id: int | None = None  # of the open report, once it was issued
         self._end_phase = P.FAILED
         self._end_reason = ""
         self._started_ns = 0
@@ -140,13 +150,14 @@ class SourceMachine:
             LocalProtocolError: the shell told something that cannot happen in this phase.
         """
         self._now_ns = now_ns
+        if isinstance(event, HintsReported) and not self._counts(event):
+            # The guest may answer late, or an earlier attempt's id, at any time: that is never our error.
+            self.ledger.count_stale(event.stale_pages + int(event.page_count.sum()))
+            self.ledger.count_rejected(event.rejected_ranges)
+            return []
         allowed = TRANSITIONS[self.phase].get(type(event))
         if allowed is None:
             if self.phase in TURNED_PHASES and type(event) in LATE_ANSWERS:
-                return []
-            if self.phase in HINT_TOLERANT_PHASES and isinstance(event, HintsReported):
-                self.ledger.count_stale(event.stale_pages + int(event.page_count.sum()))
-                self.ledger.count_rejected(event.rejected_ranges)
                 return []
             raise LocalProtocolError(f"{type(event).__name__} in phase {self.phase.name}")
         before = self.phase
@@ -155,6 +166,9 @@ class SourceMachine:
             commands = self._handlers[before](event)
         assert self.phase in allowed, (before, type(event).__name__, self.phase)
         return commands
+
+    def _counts(self, report: HintsReported) -> bool:
+        return self.phase in HINT_PHASES and self._hints_open and report.command_id == self._command_id
 
     @property
     def reversible(self) -> bool:
@@ -179,6 +193,13 @@ class SourceMachine:
     # -- beginning -----------------------------------------------------------------------------
 
     def _on_idle(self, event: SourceEvent) -> list[SourceCommand]:
+        if isinstance(event, CommitPending):
+            # What the attempt was asked for no longer matters; if it turns back, the guest is paused here.
+            self._request = MigrationRequested(event.key, 0, Skip.NONE, Limits(), 0)
+            self._image_digest = event.image_digest
+            self._pause_ordered = self._hints_ordered = True
+            self.phase = P.COMMITTING
+            return [SendCommit(event.key, event.image_digest)]
         assert isinstance(event, MigrationRequested)
         self._request = event
         self._started_ns = self._now_ns
@@ -207,6 +228,7 @@ class SourceMachine:
             return [note, *self._send_next(P.SENDING, P.DRAINING)]
         self.phase = P.HINTING
         self._hints_ordered = self._hints_open = True
+        self._command_id = None
         return [note, OpenHints(), ArmTimer(Timer.HINT_WAIT, self._request.hint_wait_ms)]
 
     def _open_round(self, candidates: BoolArray, *, hints: bool) -> Note:
@@ -215,6 +237,9 @@ class SourceMachine:
         return Note("round_started", {"round": self._round.index, "candidate_pages": self._round.remaining})
 
     def _on_hinting(self, event: SourceEvent) -> list[SourceCommand]:
+        if isinstance(event, HintsOpened):
+            self._command_id = event.command_id
+            return []
         if isinstance(event, HintsReported):
             self._apply_hints(event)
             if not event.stopped:
@@ -338,7 +363,7 @@ class SourceMachine:
         self.phase = P.SAVING
         return [
             self._round_note(totals, 0, "handover", "the guest is paused and every page is sent"),
-            SaveGuest(),
+            SaveGuest(self._request.rehearsal),
         ]
 
     # -- hand-over -----------------------------------------------------------------------------
@@ -348,15 +373,24 @@ class SourceMachine:
             return []
         self._image_digest = event.image_digest
         self.phase = P.PREPARING
-        return [SendPrepare(self._request.key, event.image_digest)]
+        return [SendPrepare(self._request.key, event.image_digest, self._request.rehearsal)]
 
     def _on_preparing(self, event: SourceEvent) -> list[SourceCommand]:
         if not isinstance(event, PrepareAnswered):
             return []
-        if event.answer is not Answer.PREPARED:
+        wanted = Answer.VERIFIED if self._request.rehearsal else Answer.PREPARED
+        if event.answer is not wanted:
             return self._abort(P.FAILED, f"the destination could not prepare: {event.reason}")
+        if self._request.rehearsal:
+            self.phase = P.KEEPING_EVIDENCE
+            return [KeepEvidence()]
         self.phase = P.RECORDING
         return [RecordState(self._request.key, Recorded.COMMITTING)]
+
+    def _on_keeping_evidence(self, event: SourceEvent) -> list[SourceCommand]:
+        if not isinstance(event, EvidenceKept):
+            return []
+        return self._abort(P.REHEARSED, "a rehearsal: the guest goes on at the source")
 
     def _on_recording(self, event: SourceEvent) -> list[SourceCommand]:
         if not isinstance(event, StateRecorded) or event.state is not Recorded.COMMITTING:
@@ -377,10 +411,13 @@ class SourceMachine:
         if isinstance(event, CancelRequested | HostFailed):
             return [Note("cancel_refused", {"reason": "only the destination can decide after COMMITTING"})]
         reason = event.reason if isinstance(event, CommitAnswered | PeerLost) else ""
-        return [
-            Note("commit_unanswered", {"reason": reason}),
-            ArmTimer(Timer.COMMIT_RETRY, COMMIT_RETRY_MS),
-        ]
+        self._commits_unanswered += 1
+        times = self._commits_unanswered
+        # Asking goes on for as long as it takes; its history stays short: the 1st, 2nd, 4th, 8th ... time.
+        note = (
+            [Note("commit_unanswered", {"reason": reason, "times": times})] if times.bit_count() == 1 else []
+        )
+        return [*note, ArmTimer(Timer.COMMIT_RETRY, COMMIT_RETRY_MS)]
 
     def _on_completing(self, event: SourceEvent) -> list[SourceCommand]:
         assert isinstance(event, StateRecorded)
@@ -433,6 +470,9 @@ class SourceMachine:
     def _end_at_source(self) -> list[SourceCommand]:
         self.phase = self._end_phase
         hints: list[SourceCommand] = [EndHints()] if self._hints_ordered else []
+        if self._end_phase is P.REHEARSED:  # the destination aborted it before it answered VERIFIED
+            key = self._request.key
+            return [*hints, ForgetDestination(key), EndMigration("rehearsal", self._end_reason)]
         outcome = "cancelled" if self._end_phase is P.CANCELLED else "failed"
         return [
             *hints,

@@ -11,7 +11,9 @@ from migration.events import (
     AllAcknowledged,
     CancelRequested,
     CommitAnswered,
+    CommitPending,
     DestinationOpened,
+    EvidenceKept,
     GuestPaused,
     GuestResumed,
     GuestSaved,
@@ -32,7 +34,7 @@ from migration.events import (
 
 
 class SourcePhase(Enum):
-    """Where an attempt stands. The last three are final."""
+    """Where an attempt stands. The last four are final."""
 
     IDLE = auto()
     OPENING = auto()
@@ -48,25 +50,27 @@ class SourcePhase(Enum):
     FINAL_DRAINING = auto()
     SAVING = auto()
     PREPARING = auto()
+    KEEPING_EVIDENCE = auto()
     RECORDING = auto()
     COMMITTING = auto()
     COMPLETING = auto()
     ABORTING = auto()
     RESUMING = auto()
     COMPLETED = auto()
+    REHEARSED = auto()
     CANCELLED = auto()
     FAILED = auto()
 
 
 P = SourcePhase
-FINAL_PHASES = frozenset({P.COMPLETED, P.CANCELLED, P.FAILED})
+FINAL_PHASES = frozenset({P.COMPLETED, P.REHEARSED, P.CANCELLED, P.FAILED})
 # Phases in which a failure or a cancellation leads back to the source, unconditionally.
 REVERSIBLE_PHASES = (
     frozenset(P) - FINAL_PHASES - {P.IDLE, P.RECORDING, P.COMMITTING, P.COMPLETING, P.ABORTING, P.RESUMING}
 )
 
 TRANSITIONS: dict[SourcePhase, dict[type[SourceEvent], frozenset[SourcePhase]]] = {
-    P.IDLE: {MigrationRequested: frozenset({P.OPENING})},
+    P.IDLE: {MigrationRequested: frozenset({P.OPENING}), CommitPending: frozenset({P.COMMITTING})},
     P.OPENING: {StateRecorded: frozenset({P.OPENING}), DestinationOpened: frozenset({P.ARMING})},
     P.ARMING: {TrackingStarted: frozenset({P.HINTING, P.SENDING})},
     P.HINTING: {
@@ -91,7 +95,6 @@ TRANSITIONS: dict[SourcePhase, dict[type[SourceEvent], frozenset[SourcePhase]]] 
     },
     P.HARVESTING: {
         Harvested: frozenset({P.HINTING, P.SENDING, P.PAUSING, P.ABORTING}),
-        HintsReported: frozenset({P.HARVESTING}),
         TimerFired: frozenset({P.HARVESTING}),
     },
     P.PAUSING: {GuestPaused: frozenset({P.FINAL_HARVESTING})},
@@ -99,7 +102,8 @@ TRANSITIONS: dict[SourcePhase, dict[type[SourceEvent], frozenset[SourcePhase]]] 
     P.FINAL_SENDING: {PagesSent: frozenset({P.FINAL_SENDING, P.FINAL_DRAINING})},
     P.FINAL_DRAINING: {AllAcknowledged: frozenset({P.SAVING})},
     P.SAVING: {GuestSaved: frozenset({P.PREPARING})},
-    P.PREPARING: {PrepareAnswered: frozenset({P.RECORDING, P.ABORTING})},
+    P.PREPARING: {PrepareAnswered: frozenset({P.RECORDING, P.KEEPING_EVIDENCE, P.ABORTING})},
+    P.KEEPING_EVIDENCE: {EvidenceKept: frozenset({P.ABORTING})},
     # COMMITTING may be durable already when bad news comes in here: only the destination can be asked then.
     P.RECORDING: {
         StateRecorded: frozenset({P.COMMITTING}),
@@ -117,8 +121,12 @@ TRANSITIONS: dict[SourcePhase, dict[type[SourceEvent], frozenset[SourcePhase]]] 
     },
     P.COMPLETING: {StateRecorded: frozenset({P.COMPLETED})},
     P.ABORTING: {StateRecorded: frozenset({P.ABORTING, P.RESUMING, P.CANCELLED, P.FAILED})},
-    P.RESUMING: {GuestResumed: frozenset({P.CANCELLED, P.FAILED}), HostFailed: frozenset({P.FAILED})},
+    P.RESUMING: {
+        GuestResumed: frozenset({P.REHEARSED, P.CANCELLED, P.FAILED}),
+        HostFailed: frozenset({P.FAILED}),
+    },
     P.COMPLETED: {},
+    P.REHEARSED: {},
     P.CANCELLED: {},
     P.FAILED: {},
 }
@@ -135,10 +143,9 @@ LATE_ANSWERS: frozenset[type[SourceEvent]] = frozenset(
     {
         DestinationOpened, TrackingStarted, Harvested, HintsOpened, HintsReported, HintsClosed, PagesSent,
         AllAcknowledged, GuestPaused, GuestSaved, PrepareAnswered, CommitAnswered, TimerFired, PeerLost,
-        HostFailed, CancelRequested, StateRecorded, GuestResumed,
+        HostFailed, CancelRequested, StateRecorded, GuestResumed, EvidenceKept,
     }
 )  # fmt: skip
 TURNED_PHASES = FINAL_PHASES | {P.ABORTING, P.RESUMING, P.COMPLETING}
-# Hints of a report that was open before the phase may still arrive from the device's thread.
-HINT_TOLERANT_PHASES = frozenset({P.PAUSING, P.FINAL_HARVESTING, P.FINAL_SENDING, P.FINAL_DRAINING, P.SAVING,
-                                  P.PREPARING, P.RECORDING, P.COMMITTING})  # fmt: skip
+# Where a report may be open. Hints that come at any other time are counted as stale, and change nothing.
+HINT_PHASES = frozenset({P.HINTING, P.SENDING, P.DRAINING, P.CLOSING_HINTS})

@@ -7,6 +7,7 @@ interfere between any two of them. Memory is one u64 per page (its content); has
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class ToyDestination:
     journal: list[str] = field(default_factory=list)
     restored: bool = False
     running: bool = False
+    evidence: U64Array | None = None  # what it read back, kept of a rehearsal
 
 
 class MachinePair:
@@ -68,10 +70,12 @@ class MachinePair:
         hints_late: bool = False,
         attempt: int = 1,
         guest: ToyGuest | None = None,
+        rehearsal: bool = False,
     ) -> None:
         self.key = AttemptKey("m", attempt, 1)
         self.pages = pages
         self.skip = skip
+        self.rehearsal = rehearsal
         self.limits = limits or Limits(downtime_limit_ms=0.0)
         self.source = SourceMachine()
         self.dest_machine = DestMachine()
@@ -88,13 +92,28 @@ class MachinePair:
         self.hints_late = hints_late
         self.timers: dict[told.Timer, int] = {}  # -> when, in ms
         self.link_up = True
+        self.dest_starts_fail = 0
         self.now_ns = 0
         self._before = before or (lambda _pair, _command: None)
         self._command_id = 0
 
-    def run(self, steps_max: int = 10_000) -> str:
+    def run_until_commit_is_sent(self) -> None:
+        """Stops just before the first Commit leaves: what a source that dies there leaves behind."""
+
+        def stop(_pair: MachinePair, command: do.SourceCommand) -> None:
+            if isinstance(command, do.SendCommit):
+                raise StopIteration
+
+        self._before = stop
+        with contextlib.suppress(StopIteration):
+            self.run()
+
+    def run(self, first: told.SourceEvent | None = None, *, steps_max: int = 10_000) -> str:
         """Feeds events until the source machine ends; its outcome. Timers fire when nothing else happens."""
-        self.tell(told.MigrationRequested(self.key, self.pages, self.skip, self.limits, hint_wait_ms=100))
+        request = told.MigrationRequested(
+            self.key, self.pages, self.skip, self.limits, hint_wait_ms=100, rehearsal=self.rehearsal
+        )
+        self.tell(first or request)
         for _ in range(steps_max):
             if self.source.ended:
                 assert self.outcome is not None, "a machine that ended said how"
@@ -161,12 +180,15 @@ class MachinePair:
                 post(told.GuestPaused())
             case do.SaveGuest():
                 post(told.GuestSaved(self.digest()))
-            case do.SendPrepare(key, digest):
-                request = told.PrepareRequested(key, "one", digest, self.dest.chunks)
+            case do.SendPrepare(key, digest, rehearsal):
+                request = told.PrepareRequested(key, "one", digest, self.dest.chunks, rehearsal)
                 self._to_dest(request, lambda reply: told.PrepareAnswered(reply.answer, reply.reason))
             case do.SendCommit(key, digest):
                 answer = lambda reply: told.CommitAnswered(reply.answer, reply.reason)  # noqa: E731
                 self._to_dest(told.CommitRequested(key, digest), answer)
+            case do.KeepEvidence():
+                assert self.guest.running_at == "nobody", "evidence of memory that changes"
+                post(told.EvidenceKept())
             case do.ResumeGuest():
                 assert "ABORTED" in self.source_journal, "resumed before ABORTED was recorded"
                 assert not self.dest.running, "resumed while the destination runs the guest"
@@ -217,7 +239,7 @@ class MachinePair:
         if answer is not None:
             self.events.append(answer(reply))
 
-    def drive_dest(self, event: told.DestEvent) -> do.Reply:
+    def drive_dest(self, event: told.DestEvent) -> do.Reply:  # noqa: C901, PLR0912 - one arm per order
         """One call or fact at the destination, to its reply."""
         reply = do.Reply(told.Answer.UNKNOWN)
         pending = list(self.dest_machine.handle(event))
@@ -242,8 +264,15 @@ class MachinePair:
                 case do.RunGuest():
                     assert self.dest.journal[-1] == "COMMITTED", "ran before COMMITTED was recorded"
                     assert self.guest.running_at == "nobody", "two owners"
-                    self.guest.running_at = "dest"
-                    self.dest.running = True
+                    follow = told.GuestStarted()
+                    if self.dest_starts_fail:
+                        self.dest_starts_fail -= 1
+                        follow = told.GuestStartFailed("the agent is busy", lost=False)
+                    else:
+                        self.guest.running_at = "dest"
+                        self.dest.running = True
+                case do.KeepEvidence():
+                    self.dest.evidence = self.dest.memory.copy()
                 case do.DiscardImage():
                     self.dest.restored = False
                     self.dest.memory[:] = 0

@@ -6,6 +6,9 @@ Source host <-> destination host: one migration attempt of one guest.
 Sequence:  Open -> Pages (rounds of chunks) -> Prepare -> Commit -> Forget,
 with Abort possible until the destination has answered Commit.
 
+A rehearsal goes Open -> Pages -> Prepare (rehearsal) -> Forget: the destination verifies what it received,
+records ABORTED, lets go of it and answers VERIFIED; the guest goes on at the source. Nothing can commit it.
+
 Every call carries the AttemptId; a call whose id is not the current attempt is refused
 (FAILED_PRECONDITION), never guessed about.
 """
@@ -37,6 +40,8 @@ class _DecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Decision.Val
     DECISION_PREPARED: _Decision.ValueType  # 1
     DECISION_COMMITTED: _Decision.ValueType  # 2
     DECISION_ABORTED: _Decision.ValueType  # 3
+    DECISION_VERIFIED: _Decision.ValueType  # 4
+    """a rehearsal's image was right; the attempt is ABORTED, as was asked for"""
 
 class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper): ...
 
@@ -45,6 +50,8 @@ DECISION_UNSPECIFIED: Decision.ValueType  # 0
 DECISION_PREPARED: Decision.ValueType  # 1
 DECISION_COMMITTED: Decision.ValueType  # 2
 DECISION_ABORTED: Decision.ValueType  # 3
+DECISION_VERIFIED: Decision.ValueType  # 4
+"""a rehearsal's image was right; the attempt is ABORTED, as was asked for"""
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
 
 @_typing.final
@@ -223,6 +230,7 @@ class PrepareRequest(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
+    REHEARSAL_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
     image_digest: _builtins.int
     """over the last-sent hash of every page, and the states below"""
@@ -230,6 +238,8 @@ class PrepareRequest(_message.Message):
     """the guest agent's, opaque here, at most 16 KiB"""
     chunks: _builtins.int
     """chunks that the source has sent in this attempt"""
+    rehearsal: _builtins.bool
+    """only verify: nothing is restored, and the attempt ends here; vcpu_state is empty"""
     @_builtins.property
     def id(self) -> Global___AttemptId: ...
     @_builtins.property
@@ -246,10 +256,11 @@ class PrepareRequest(_message.Message):
         device: Global___DeviceState | None = ...,
         chunks: _builtins.int = ...,
         ledger: Global___Ledger | None = ...,
+        rehearsal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "id", b"id", "ledger", b"ledger"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "device", b"device", "id", b"id", "image_digest", b"image_digest", "incarnation", b"incarnation", "ledger", b"ledger", "vcpu_state", b"vcpu_state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "device", b"device", "id", b"id", "image_digest", b"image_digest", "incarnation", b"incarnation", "ledger", b"ledger", "rehearsal", b"rehearsal", "vcpu_state", b"vcpu_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -334,7 +345,7 @@ class PrepareReply(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     VERIFY_NS_FIELD_NUMBER: _builtins.int
     decision: Global___Decision.ValueType
-    """PREPARED, or ABORTED with a reason"""
+    """PREPARED (a rehearsal: VERIFIED), or ABORTED with a reason"""
     reason: _builtins.str
     verify_ns: _builtins.int
     """time spent hashing what was read back"""

@@ -6,6 +6,9 @@ Source host <-> destination host: one migration attempt of one guest.
 Sequence:  Open -> Pages (rounds of chunks) -> Prepare -> Commit -> Forget,
 with Abort possible until the destination has answered Commit.
 
+A rehearsal goes Open -> Pages -> Prepare (rehearsal) -> Forget: the destination verifies what it received,
+records ABORTED, lets go of it and answers VERIFIED; the guest goes on at the source. Nothing can commit it.
+
 Every call carries the AttemptId; a call whose id is not the current attempt is refused
 (FAILED_PRECONDITION), never guessed about.
 """

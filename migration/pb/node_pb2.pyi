@@ -144,6 +144,7 @@ class GuestStatusReply(_message.Message):
     ACTUAL_FIELD_NUMBER: _builtins.int
     WORKLOADS_JSON_FIELD_NUMBER: _builtins.int
     AGENT_PID_FIELD_NUMBER: _builtins.int
+    BALLOON_JSON_FIELD_NUMBER: _builtins.int
     state: _builtins.str
     """"absent" (no agent yet), "starting", "running", "paused", "standby", "frozen" (given away)"""
     guest_epoch: _builtins.int
@@ -163,6 +164,8 @@ class GuestStatusReply(_message.Message):
     workloads_json: _builtins.str
     """per workload: {"name": {"operations": n, ...}}"""
     agent_pid: _builtins.int
+    balloon_json: _builtins.str
+    """the device's own account (host/device_status.py), and "driver": the guest's"""
     def __init__(
         self,
         *,
@@ -179,10 +182,11 @@ class GuestStatusReply(_message.Message):
         actual: _builtins.int = ...,
         workloads_json: _builtins.str = ...,
         agent_pid: _builtins.int = ...,
+        balloon_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actual", b"actual", "agent_pid", b"agent_pid", "balloon_ready", b"balloon_ready", "ballooned_pages", b"ballooned_pages", "cpu_seconds", b"cpu_seconds", "free_pages", b"free_pages", "guest_epoch", b"guest_epoch", "held_pages", b"held_pages", "num_pages", b"num_pages", "operations", b"operations", "pages", b"pages", "state", b"state", "workloads_json", b"workloads_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actual", b"actual", "agent_pid", b"agent_pid", "balloon_json", b"balloon_json", "balloon_ready", b"balloon_ready", "ballooned_pages", b"ballooned_pages", "cpu_seconds", b"cpu_seconds", "free_pages", b"free_pages", "guest_epoch", b"guest_epoch", "held_pages", b"held_pages", "num_pages", b"num_pages", "operations", b"operations", "pages", b"pages", "state", b"state", "workloads_json", b"workloads_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -346,6 +350,8 @@ class MigrateRequest(_message.Message):
     HINT_WAIT_MS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     ON_ROUNDS_MAX_FIELD_NUMBER: _builtins.int
+    UNSAFE_CLEAR_DIRTY_LOG_AT_HINT_FIELD_NUMBER: _builtins.int
+    REHEARSAL_FIELD_NUMBER: _builtins.int
     migration: _builtins.str
     attempt: _builtins.int
     dest_address: _builtins.str
@@ -366,6 +372,10 @@ class MigrateRequest(_message.Message):
     """0: none"""
     on_rounds_max: _builtins.str
     """switch | cancel"""
+    unsafe_clear_dirty_log_at_hint: _builtins.bool
+    """LOSES WRITES. The dirty log of hinted pages is cleared when the hint is processed: an experiment (hazard 1)."""
+    rehearsal: _builtins.bool
+    """everything but the hand-over: the guest goes on at the source"""
     def __init__(
         self,
         *,
@@ -381,10 +391,12 @@ class MigrateRequest(_message.Message):
         hint_wait_ms: _builtins.int = ...,
         timeout_ms: _builtins.int = ...,
         on_rounds_max: _builtins.str = ...,
+        unsafe_clear_dirty_log_at_hint: _builtins.bool = ...,
+        rehearsal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "dest_address", b"dest_address", "downtime_limit_ms", b"downtime_limit_ms", "hint_wait_ms", b"hint_wait_ms", "integrity", b"integrity", "migration", b"migration", "on_rounds_max", b"on_rounds_max", "rounds_max", b"rounds_max", "skip", b"skip", "timeout_ms", b"timeout_ms", "tracker", b"tracker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "dest_address", b"dest_address", "downtime_limit_ms", b"downtime_limit_ms", "hint_wait_ms", b"hint_wait_ms", "integrity", b"integrity", "migration", b"migration", "on_rounds_max", b"on_rounds_max", "rehearsal", b"rehearsal", "rounds_max", b"rounds_max", "skip", b"skip", "timeout_ms", b"timeout_ms", "tracker", b"tracker", "unsafe_clear_dirty_log_at_hint", b"unsafe_clear_dirty_log_at_hint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

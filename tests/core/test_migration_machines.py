@@ -5,8 +5,8 @@ import pytest
 
 from migration import commands as do
 from migration import events as told
-from migration.dest_machine import DestMachine, DestPhase
 from migration.dest_machine import TRANSITIONS as DEST_TRANSITIONS
+from migration.dest_machine import DestMachine, DestPhase
 from migration.errors import LocalProtocolError, RemoteProtocolError
 from migration.identity import AttemptKey
 from migration.rounds import Limits
@@ -148,7 +148,8 @@ REACHED = sorted(REVERSIBLE_PHASES, key=lambda phase: phase.value)
     ids=["cancel", "peer_lost", "host_failed", "timeout"],
 )
 def test_whatever_happens_before_committing_the_guest_runs_on_at_the_source(phase, event, outcome):
-    pair = MachinePair(64, skip=told.Skip.HINT, before=at_phase(phase, event))
+    rehearsal = phase is SourcePhase.KEEPING_EVIDENCE  # a phase that only a rehearsal comes to
+    pair = MachinePair(64, skip=told.Skip.HINT, before=at_phase(phase, event), rehearsal=rehearsal)
     assert pair.run() == outcome
     assert pair.guest.running_at == "source"
     assert not pair.dest.running
@@ -227,6 +228,69 @@ def test_hazard_12_a_retry_starts_from_known_zero_and_is_complete():
     assert (second.dest.memory == second.guest.memory).all()
 
 
+@pytest.mark.parametrize("skip", list(told.Skip))
+def test_a_rehearsal_verifies_the_whole_image_and_the_guest_goes_on_at_the_source(skip):
+    pair = MachinePair(64, skip=skip, rehearsal=True)
+    pair.guest.free[10:30] = True
+    assert pair.run() == "rehearsal"
+    used = ~pair.guest.free if skip.uses_hints else np.ones(64, bool)
+    assert (pair.dest.evidence[used] == pair.guest.memory[used]).all()
+    assert pair.guest.running_at == "source"
+    assert pair.hints_told_done == skip.uses_hints
+
+
+def test_a_rehearsal_gives_nothing_away_not_even_on_paper():
+    pair = MachinePair(64, rehearsal=True)
+    pair.run()
+    assert pair.source_journal == ["STARTED", "ABORTED"]
+    assert pair.dest.journal == ["RECEIVING", "ABORTED"]
+    assert not pair.dest.restored
+    assert not pair.guest_frozen
+    assert pair.count(do.SendCommit) == 0
+    assert not pair.dest.memory.any(), "the destination kept a copy"
+    assert pair.dest_machine.phase is DestPhase.IDLE, "ready for the next guest"
+
+
+def test_the_source_keeps_its_evidence_before_the_rehearsed_guest_runs_on():
+    pair = MachinePair(64, rehearsal=True)
+    pair.run()
+    order = [type(command) for command in pair.log]
+    assert order.index(do.KeepEvidence) < order.index(do.ResumeGuest)
+
+
+def test_a_rehearsal_that_does_not_verify_fails_and_the_guest_goes_on():
+    pair = MachinePair(64, rehearsal=True)
+    original = pair.dest_machine.handle
+
+    def miscount(event):
+        if isinstance(event, told.PrepareRequested):
+            pair.dest.chunks += 1
+        return original(event)
+
+    pair.dest_machine.handle = miscount
+    assert pair.run() == "failed"
+    assert pair.guest.running_at == "source"
+    assert pair.dest.evidence is None
+
+
+@pytest.mark.parametrize(
+    ("rehearsal", "answer"),
+    [(True, told.Answer.PREPARED), (False, told.Answer.VERIFIED)],
+    ids=["real", "mock"],
+)
+def test_the_answer_to_a_rehearsal_and_to_the_real_thing_are_not_taken_for_each_other(rehearsal, answer):
+    pair = MachinePair(64, rehearsal=rehearsal)
+
+    def mistake(pair, command):
+        if isinstance(command, do.SendPrepare):
+            pair.events.appendleft(told.PrepareAnswered(answer))
+
+    pair._before = mistake
+    assert pair.run() == "failed"
+    assert pair.guest.running_at == "source"
+    assert pair.source_journal == ["STARTED", "ABORTED"]
+
+
 @pytest.mark.parametrize("phase", sorted(SourcePhase, key=lambda phase: phase.value), ids=lambda p: p.name)
 def test_every_event_that_is_not_in_the_table_is_refused(phase):
     samples = {
@@ -256,6 +320,35 @@ def test_no_phase_is_a_dead_end_but_the_final_ones():
         t for row in TRANSITIONS.values() for targets in row.values() for t in targets
     }
     assert reached == set(SourcePhase)
+
+
+def test_a_late_hint_is_stale_in_every_phase_and_never_an_error():
+    late = told.HintsReported(7, np.array([1], np.uint64), np.array([5], np.uint64), stopped=True)
+    for skip in (told.Skip.NONE, told.Skip.HINT):
+        for phase in SourcePhase:
+            pair = MachinePair(64, skip=skip, before=at_phase(phase, late))
+            assert pair.run() == "completed"
+            assert (pair.dest.memory == pair.guest.memory).all() or skip.uses_hints
+
+
+def test_a_restarted_source_that_was_committing_asks_and_does_what_it_is_told():
+    for image_there, outcome, owner in ((True, "completed", "dest"), (False, "failed", "source")):
+        first = MachinePair(64)
+        first.run_until_commit_is_sent()
+        first.dest.restored = image_there
+        second = MachinePair(64, guest=first.guest)
+        second.dest_machine, second.dest = first.dest_machine, first.dest
+        second.source_journal = first.source_journal
+        assert second.run(told.CommitPending(first.key, first.digest())) == outcome
+        assert second.guest.running_at == owner
+
+
+def test_a_guest_that_does_not_start_at_once_is_started_again_before_committed_is_answered():
+    pair = MachinePair(64)
+    pair.dest_starts_fail = 2
+    assert pair.run() == "completed"
+    assert pair.count(do.SendCommit) == 3
+    assert pair.dest.running
 
 
 class TestDestination:
@@ -293,6 +386,46 @@ class TestDestination:
         assert pair.drive_dest(told.PrepareRequested(pair.key, "one", 1, 1)).answer is told.Answer.ABORTED
         with pytest.raises(RemoteProtocolError):
             pair.drive_dest(told.OpenRequested(pair.key, 8))
+
+    def test_a_rehearsed_attempt_cannot_be_prepared_or_committed_afterwards(self):
+        pair = MachinePair(8, rehearsal=True)
+
+        def never_told(pair, command):
+            pair.link_up = not isinstance(command, do.ForgetDestination)
+
+        pair._before = never_told
+        assert pair.run() == "rehearsal"
+        digest = pair.digest()
+        assert pair.drive_dest(told.CommitRequested(pair.key, digest)).answer is told.Answer.ABORTED
+        again = told.PrepareRequested(pair.key, "one", digest, pair.dest.chunks)
+        assert pair.drive_dest(again).answer is told.Answer.ABORTED
+
+    def test_a_prepared_attempt_is_no_rehearsal_afterwards(self):
+        pair = MachinePair(8)
+        pair.drive_dest(told.OpenRequested(KEY, 8))
+        pair.drive_dest(told.PrepareRequested(KEY, "one", pair.digest(), 0))
+        with pytest.raises(RemoteProtocolError, match="no rehearsal"):
+            pair.drive_dest(told.PrepareRequested(KEY, "one", pair.digest(), 0, rehearsal=True))
+
+    def test_a_later_attempt_of_the_same_migration_replaces_even_a_prepared_one(self):
+        pair = MachinePair(8)
+        pair.run_until_commit_is_sent()
+        assert pair.dest_machine.phase is DestPhase.PREPARED
+        pair.drive_dest(told.OpenRequested(AttemptKey("m", 2, 1), 8))
+        assert pair.dest_machine.phase is DestPhase.RECEIVING
+        assert pair.drive_dest(told.CommitRequested(pair.key, 1)).answer is told.Answer.UNKNOWN
+
+    @pytest.mark.parametrize("idle", [True, False])
+    def test_another_migration_comes_in_only_where_nobody_sends(self, idle):
+        pair = MachinePair(8)
+        pair.drive_dest(told.OpenRequested(AttemptKey("zzz", 1, 1), 8))
+        other = told.OpenRequested(AttemptKey("aaa", 1, 1), 8, idle=idle)
+        if idle:
+            pair.drive_dest(other)
+            assert pair.dest_machine.key == other.key
+        else:
+            with pytest.raises(RemoteProtocolError):
+                pair.drive_dest(other)
 
     def test_an_older_attempt_cannot_replace_a_newer_one(self):
         machine = DestMachine()
