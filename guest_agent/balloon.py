@@ -285,14 +285,13 @@ class Balloon:
 
     def allocate_ahead(self, count: int) -> None:
         """Find pages for the inflation that is next, without the lock (rule 3), then enqueue them with it."""
-        pfns = self._pages.allocate(count)
+        runs = self._pages.allocate(count)
         with self._lock:
-            if self._asked is None and self._driver.inflation_left < pfns.size:
-                self._buddy.free_bulk(pfns)  # meanwhile the host or the guest changed its mind
-                return
-            recorded = self._pages.record_new(pfns)
+            recorded = self._pages.record_new(runs)
             if self._asked is not None:
                 self._obey_all([self._submit_inflation(short=recorded < count)])
+            elif recorded > self._driver.inflation_left:
+                self._pages.give_back()  # meanwhile the host or the guest changed its mind
 
     def move_pages(self, old: U64Array, new: U64Array) -> bool:
         """Move ballooned pages: the new places are inflated, the old ones deflated and then free (compaction).

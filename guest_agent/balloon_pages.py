@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
+from guest_agent.arrays import runs_of
 from guest_agent.errors import RestoreError, XBitmapError
 from guest_agent.frames import OWNER_BALLOON, OWNER_BALLOON_NEW, FrameKind
+from guest_agent.page_runs import alloc_runs, free_runs, joined, pages_in, runs_of_pages
 from guest_agent.pfn_arrays import PfnArrays
 from guest_agent.pressure import PRESSURE_CACHE
 from guest_agent.sg_queue import SgQueue
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from guest_agent.arrays import U64Array
     from guest_agent.buddy import BuddyAllocator
     from guest_agent.frames import FrameTable
+    from guest_agent.page_runs import Runs
     from guest_agent.ring_area import RingArea
     from virtio.split_ring import DriverRing
 
@@ -54,20 +57,20 @@ class PageQueue(Protocol):
     def pages_in_flight(self) -> int:
         """Pages sent and not yet used by the device."""
 
-    def record(self, pfns: U64Array) -> None:
-        """Note pages, ascending, that are to go out. Raises XBitmapError, and notes none."""
+    def record(self, runs: Runs) -> None:
+        """Note pages that are to go out. Raises XBitmapError, and notes none."""
 
-    def send(self, pages_max: int) -> U64Array:
+    def send(self, pages_max: int) -> Runs:
         """Send recorded pages, as many as wanted and as there is room for; which they were."""
 
     def send_singly(self, pfns: U64Array) -> int:
         """Send pages of which none is recorded, and record none; how many there was room for."""
 
-    def take_back(self) -> U64Array:
+    def take_back(self) -> Runs:
         """Forget what is recorded and not sent; which pages they were."""
 
-    def take_used(self) -> U64Array:
-        """Pages that the device gave back since the last call. Raises DeviceProtocolError."""
+    def take_used(self) -> Runs:
+        """Pages, ascending, that the device gave back since the last call. Raises DeviceProtocolError."""
 
     def save(self) -> dict[str, Any]:
         """What RAM and the ring do not say."""
@@ -112,49 +115,47 @@ class BalloonPages:
 
     # --- in ---------------------------------------------------------------------------------------
 
-    def allocate(self, count: int) -> U64Array:
-        """Take up to `count` pages for the balloon, ascending. Hold no lock of the balloon's (rule 1).
+    def allocate(self, count: int) -> Runs:
+        """Take up to `count` pages for the balloon. Hold no lock of the balloon's (rule 1).
 
         Falls short when memory does: the page cache is asked for its pages, held blocks and the balloon itself are
         not, and a reserve stays.
         """
-        pfns = self._take(count)
-        missing = count - int(pfns.size)
+        runs = self._take(count)
+        missing = count - pages_in(runs)
         if missing and self._buddy.pressure.relieve(missing, first=PRESSURE_CACHE, last=PRESSURE_CACHE):
-            pfns = np.concatenate((pfns, self._take(missing)))
-        pfns.sort()
-        return pfns
+            runs = joined(runs, self._take(missing))
+        return runs
 
-    def _take(self, count: int) -> U64Array:
-        return self._buddy.alloc_blocks(0, count, kind=FrameKind.BALLOON, owner=OWNER_BALLOON_NEW)
+    def _take(self, count: int) -> Runs:
+        return alloc_runs(self._buddy, count, kind=FrameKind.BALLOON, owner=OWNER_BALLOON_NEW)
 
-    def record_new(self, pfns: U64Array) -> int:
+    def record_new(self, runs: Runs) -> int:
         """Note what `allocate` gave for sending; how many pages. What cannot be noted is free again, not lost."""
         try:
-            self.inflate.record(pfns)
+            self.inflate.record(runs)
         except XBitmapError:
-            self._buddy.free_bulk(pfns)
+            free_runs(self._buddy, runs)
             return 0
-        return int(pfns.size)
+        return pages_in(runs)
 
     def send_inflation(self, pages_max: int) -> int:
         """Send recorded pages; from now on they are in the balloon. How many."""
-        pfns = self.inflate.send(pages_max)
-        self._adopt(pfns)
-        return int(pfns.size)
+        runs = self.inflate.send(pages_max)
+        self._adopt(runs)
+        return pages_in(runs)
 
     def send_new(self, pfns: U64Array) -> int:
         """Send pages that were not recorded, one entry each (rule 4); how many there was room for."""
         count = self.inflate.send_singly(pfns)
-        self._adopt(pfns[:count])
+        self._adopt(runs_of_pages(pfns[:count]))
         return count
 
     def give_back(self) -> int:
         """Free what is recorded and not sent; how many pages."""
-        pfns = self.inflate.take_back()
-        if pfns.size:
-            self._buddy.free_bulk(pfns)
-        return int(pfns.size)
+        runs = self.inflate.take_back()
+        free_runs(self._buddy, runs)
+        return pages_in(runs)
 
     # --- out --------------------------------------------------------------------------------------
 
@@ -162,12 +163,12 @@ class BalloonPages:
         """Send ballooned pages, the lowest first, as runs or arrays; how many there was room for."""
         pfns = self._lowest(count)
         try:
-            self.deflate.record(pfns)
+            self.deflate.record(runs_of(pfns.view(np.int64)))
         except XBitmapError:
             return self.deflate.send_singly(pfns)
         sent = self.deflate.send(count)
         self.deflate.take_back()  # those are in the balloon as before
-        return int(sent.size)
+        return pages_in(sent)
 
     def send_deflation_singly(self, count: int) -> int:
         """Send ballooned pages, one entry each (rule 4); how many there was room for."""
@@ -177,9 +178,8 @@ class BalloonPages:
         """Take back what the device used, and free what was deflated; how many pages."""
         self.inflate.take_used()
         freed = self.deflate.take_used()
-        if freed.size:
-            self._buddy.free_bulk(freed)
-        return int(freed.size)
+        free_runs(self._buddy, freed)
+        return pages_in(freed)
 
     def save(self) -> dict[str, Any]:
         """What RAM and the rings do not say."""
@@ -197,10 +197,11 @@ class BalloonPages:
         except (KeyError, TypeError, AttributeError) as error:
             raise RestoreError(f"saved balloon pages: {error!r}") from error
 
-    def _adopt(self, pfns: U64Array) -> None:
-        if pfns.size:
-            self._frames.owner[pfns.view(np.int64)] = OWNER_BALLOON
-            self._search_from = min(self._search_from, int(pfns.min()))
+    def _adopt(self, runs: Runs) -> None:
+        starts, ends = runs
+        if starts.size:
+            self._frames.mark_owner_runs(starts, ends, OWNER_BALLOON)
+            self._search_from = min(self._search_from, int(starts[0]))
 
     def _lowest(self, count: int) -> U64Array:
         """The lowest pages of the balloon, ascending; nothing of them is in flight."""

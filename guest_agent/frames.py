@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from guest_agent.arrays import I64Array, U8Array, U16Array, U32Array, U64Array, runs_of
+from guest_agent.arrays import I64Array, U8Array, U16Array, U32Array, U64Array, expand_runs, runs_of
 from guest_agent.boot import BootPage
 from guest_agent.ram import GuestRam
 
@@ -89,6 +89,14 @@ class FrameTable:
         self._fill_kind(heads_ascending, order, kind)
         self.owner[heads_ascending] = owner
         self.index[heads_ascending] = order
+
+    def mark_owner_runs(self, starts: I64Array, ends: I64Array, owner: int) -> None:
+        """Give every page of the runs [start, end) an owner, whatever its kind; indices stay as they are."""
+        if starts.size > _RUNS_FILLED_MAX:
+            self.owner[expand_runs(starts, ends)] = owner
+            return
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            self.owner[start:end] = owner
 
     def clear_blocks(self, heads_ascending: I64Array, order: int) -> None:
         """Take blocks (order 0: pages) back from their owners."""

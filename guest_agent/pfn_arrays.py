@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from guest_agent.arrays import expand_runs
 from guest_agent.errors import RestoreError
+from guest_agent.page_runs import NO_RUNS, runs_of_pages
 from guest_agent.ring_area import ARRAY_SLOTS
 from virtio.balloon import PFN_ARRAY_MAX
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from guest_agent.arrays import U32Array, U64Array
+    from guest_agent.page_runs import Runs
     from guest_agent.ring_area import RingArea
     from virtio.split_ring import DriverRing
 
@@ -59,21 +62,22 @@ class PfnArrays:
         """Pages that are to go out."""
         return int(self._recorded.size)
 
-    def record(self, pfns: U64Array) -> None:
+    def record(self, runs: Runs) -> None:
         """Note pages that are to go out and are not noted yet."""
+        pfns = expand_runs(*runs).view(np.uint64)
         self._recorded = np.concatenate((self._recorded, pfns)) if self._recorded.size else pfns
 
-    def send(self, pages_max: int) -> U64Array:
+    def send(self, pages_max: int) -> Runs:
         """Send recorded pages, as many as wanted and as there is room for; which they were."""
         count = min(pages_max, self.room_pages)
         pfns, self._recorded = self._recorded[:count], self._recorded[count:]
         self.send_singly(pfns)
-        return pfns
+        return runs_of_pages(pfns)
 
-    def take_back(self) -> U64Array:
+    def take_back(self) -> Runs:
         """Forget what is recorded and not sent; which pages they were."""
         pfns, self._recorded = self._recorded, self._recorded[:0]
-        return pfns
+        return runs_of_pages(pfns)
 
     def send_singly(self, pfns: U64Array) -> int:
         """Send pages of which none is recorded; how many there was room for."""
@@ -90,15 +94,15 @@ class PfnArrays:
             self._kick()
         return int(pfns.size)
 
-    def take_used(self) -> U64Array:
-        """Page numbers that the device has acknowledged since the last call."""
+    def take_used(self) -> Runs:
+        """Pages, ascending, that the device has acknowledged since the last call."""
         done = []
         for buffer in self._ring.used():
             slot = buffer.token
             assert isinstance(slot, int), buffer
             done.append(self._arrays[slot, : self._counts[slot]].astype(np.uint64))
             self._counts[slot] = 0
-        return np.concatenate(done) if done else np.empty(0, dtype=np.uint64)
+        return runs_of_pages(np.concatenate(done)) if done else NO_RUNS
 
     def save(self) -> dict[str, Any]:
         """Counts in flight by slot; recorded pages are taken back before a guest is saved."""

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from guest_agent.arrays import PAGE_BYTES, expand_runs
+from guest_agent.arrays import PAGE_BYTES
 from guest_agent.errors import RestoreError
+from guest_agent.page_runs import NO_RUNS, pages_in
 from guest_agent.xbitmap import XBitmap
 from virtio.errors import DeviceProtocolError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from guest_agent.arrays import I64Array, U32Array, U64Array
+    from guest_agent.page_runs import Runs
     from virtio.split_ring import DriverRing
 
 __all__ = ["RUN_PAGES_MAX", "SgQueue", "split_runs"]
@@ -46,23 +48,24 @@ class SgQueue:
         self.recorded_pages = 0
         self.pages_in_flight = 0
 
-    def record(self, pfns: U64Array) -> None:
+    def record(self, runs: Runs) -> None:
         """Note pages that are to go out and are not noted yet.
 
         Raises:
             XBitmapTryAgain: the bitmap has no room; nothing was noted, the pages are still the caller's.
         """
-        if pfns.size:
-            self._bitmap.set_bits(pfns)
-            self._lowest = min(self._lowest, int(pfns.min()))
-            self._highest = max(self._highest, int(pfns.max()))
-            self.recorded_pages += int(pfns.size)
+        starts, ends = runs
+        if starts.size:
+            self._bitmap.set_runs(starts, ends - 1)
+            self._lowest = min(self._lowest, int(starts[0]))
+            self._highest = max(self._highest, int(ends[-1]) - 1)
+            self.recorded_pages += pages_in(runs)
 
-    def send(self, pages_max: int) -> U64Array:
+    def send(self, pages_max: int) -> Runs:
         """Send recorded pages, lowest first, as many as wanted and as the ring has room for; which they were."""
         room = self._ring.free_descriptors
         if not self.recorded_pages or not room or pages_max <= 0:
-            return np.empty(0, dtype=np.uint64)
+            return NO_RUNS
         firsts, lasts = self._bitmap.runs(self._lowest, self._highest)
         starts, counts = split_runs(firsts[:room].astype(np.int64), lasts[:room].astype(np.int64) + 1)
         starts, counts = starts[:room], counts[:room]
@@ -77,7 +80,7 @@ class SgQueue:
         self._lowest = end
         if not self.recorded_pages:
             self._lowest, self._highest = self._pages, -1
-        return expand_runs(starts, starts + counts).view(np.uint64)
+        return starts, starts + counts
 
     def send_singly(self, pfns: U64Array) -> int:
         """Send pages of which none is recorded, one entry each; how many the ring had room for (rule 6)."""
@@ -86,18 +89,18 @@ class SgQueue:
             self._add(pfns[:count].astype(np.int64), np.ones(count, dtype=np.int64))
         return count
 
-    def take_back(self) -> U64Array:
+    def take_back(self) -> Runs:
         """Forget what is recorded and not sent; which pages they were."""
         if not self.recorded_pages:
-            return np.empty(0, dtype=np.uint64)
-        pfns = self._bitmap.bits(self._lowest, self._highest)
+            return NO_RUNS
+        firsts, lasts = self._bitmap.runs(self._lowest, self._highest)
         self._bitmap.clear_bit_range(self._lowest, self._highest)
         assert self._bitmap.is_empty(), (self._lowest, self._highest)
         self._lowest, self._highest, self.recorded_pages = self._pages, -1, 0
-        return pfns
+        return firsts.astype(np.int64), lasts.astype(np.int64) + 1
 
-    def take_used(self) -> U64Array:
-        """Pages whose entries the device gave back since the last call.
+    def take_used(self) -> Runs:
+        """Pages, ascending, whose entries the device gave back since the last call.
 
         Raises:
             DeviceProtocolError: it gave back what it did not have.
@@ -107,7 +110,8 @@ class SgQueue:
         self.pages_in_flight -= int(counts.sum())
         if self.pages_in_flight < 0:
             raise DeviceProtocolError("used_head", "more pages came back than went out")
-        return expand_runs(starts, starts + counts).view(np.uint64)
+        order = np.argsort(starts, kind="stable")
+        return starts[order], (starts + counts)[order]
 
     def save(self) -> dict[str, Any]:
         """Nothing: recorded pages are taken back before a guest is saved, the others are in the ring (rule 5)."""

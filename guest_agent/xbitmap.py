@@ -204,6 +204,22 @@ class XBitmap:
         if last - first > 1:
             self._leaves.update(dict.fromkeys(range(first + 1, last), _FULL))
 
+    def set_runs(self, firsts: U64Array | I64Array, lasts: U64Array | I64Array) -> None:
+        """Set every bit of every [first, last], all or none; the runs ascend and are disjoint.
+
+        Raises:
+            XBitmapTryAgain: they need more leaves than are to be had.
+        """
+        if not len(firsts):
+            return
+        _check(int(firsts[0]))
+        _check(int(lasts[-1]))
+        first, last = firsts.astype(np.uint64), lasts.astype(np.uint64)
+        if len(first) > _RUNS_PER_LEAF_MAX * len(_starts(first >> _SHIFT)):
+            self.set_bits(_members(first, last))
+        else:
+            self._set_runs(first, last)
+
     def set_bits(self, bits: U64Array | I64Array) -> None:
         """Set many bits, in any order and however often named, all or none.
 
@@ -256,11 +272,7 @@ class XBitmap:
 
     def bits(self, start: int = 0, end: int = INDEX_MAX) -> U64Array:
         """The set bits inside [start, end], ascending, dtype u64."""
-        firsts, lasts = self.runs(start, end)
-        lengths = (lasts - firsts).astype(np.int64) + 1
-        offsets = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        members: U64Array = np.repeat(firsts, lengths) + offsets.astype(np.uint64)
-        return members
+        return _members(*self.runs(start, end))
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -348,6 +360,14 @@ def _runs(ascending: U64Array) -> tuple[U64Array, U64Array]:
         return _NONE, _NONE
     breaks = np.flatnonzero(ascending[1:] - ascending[:-1] != 1)
     return ascending[np.append(0, breaks + 1)], ascending[np.append(breaks, ascending.size - 1)]
+
+
+def _members(firsts: U64Array, lasts: U64Array) -> U64Array:
+    """The numbers in runs, in the order of the runs."""
+    lengths = (lasts - firsts).astype(np.int64) + 1
+    offsets = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    members: U64Array = np.repeat(firsts, lengths) + offsets.astype(np.uint64)
+    return members
 
 
 def _joined(firsts: U64Array, lasts: U64Array) -> tuple[U64Array, U64Array]:

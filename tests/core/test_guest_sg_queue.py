@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guest_agent.arrays import expand_runs
 from guest_agent.errors import RestoreError
+from guest_agent.page_runs import Runs, pages_in, runs_of_pages
 from guest_agent.sg_queue import RUN_PAGES_MAX, SgQueue, split_runs
 from guest_agent.xbitmap import XBitmap, XBitmapTryAgain
 from virtio.errors import DeviceProtocolError
@@ -49,68 +51,73 @@ class Queue:
         return runs
 
 
-def pages(*pfns: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    return np.array(pfns, dtype=np.uint64)
+def pages(*pfns: int) -> Runs:
+    return runs_of_pages(np.array(pfns, dtype=np.uint64))
+
+
+def listed(runs: Runs) -> list[int]:
+    found: list[int] = expand_runs(*runs).tolist()
+    return found
 
 
 @given(st.sets(st.integers(0, MEMORY_PAGES - 1)), st.integers(1, 400))
 @settings(max_examples=60, deadline=None)
 def test_every_page_crosses_once_and_comes_back_whatever_the_batches(chosen: set[int], batch: int) -> None:
     queue = Queue()
-    queue.queue.record(np.array(sorted(chosen, reverse=True), dtype=np.uint64))
+    queue.queue.record(pages(*chosen))
     told: list[int] = []
     back: list[int] = []
     while queue.queue.recorded_pages:
         kicks = queue.kicks
-        sent = queue.queue.send(batch)
-        assert 0 < sent.size <= batch
+        sent = listed(queue.queue.send(batch))
+        assert 0 < len(sent) <= batch
         assert queue.kicks == kicks + 1, "a batch is sent when it is added"
-        assert queue.queue.pages_in_flight == sent.size
+        assert queue.queue.pages_in_flight == len(sent)
         runs = queue.serve()
         assert len(runs) <= RING_SIZE
         served = [pfn for first, count in runs for pfn in range(first, first + count)]
-        assert served == sent.tolist()
+        assert served == sent
         told += served
-        back += queue.queue.take_used().tolist()
+        back += listed(queue.queue.take_used())
     assert told == back == sorted(chosen), "lowest first, each once"
     assert queue.queue.pages_in_flight == 0
-    assert queue.queue.take_back().size == 0
+    assert listed(queue.queue.take_back()) == []
 
 
 def test_neighbouring_pages_are_one_entry() -> None:
     queue = Queue()
-    queue.queue.record(np.arange(100, 1100, dtype=np.uint64))
-    queue.queue.record(np.arange(1100, 3000, dtype=np.uint64))
+    queue.queue.record(pages(*range(100, 1100)))
+    queue.queue.record(pages(*range(1100, 3000)))
     queue.queue.send(5000)
     assert queue.serve() == [(100, 2900)]
 
 
 def test_a_full_queue_waits_and_the_rest_follows() -> None:
     queue = Queue()
-    scattered = np.arange(0, 40, 2, dtype=np.uint64)
-    queue.queue.record(scattered)
-    assert queue.queue.send(100).tolist() == scattered[:RING_SIZE].tolist()
-    assert queue.queue.send(100).size == 0
+    scattered = list(range(0, 40, 2))
+    queue.queue.record(pages(*scattered))
+    assert listed(queue.queue.send(100)) == scattered[:RING_SIZE]
+    assert listed(queue.queue.send(100)) == []
     assert queue.queue.recorded_pages == 20 - RING_SIZE
     assert len(queue.serve()) == RING_SIZE
     queue.queue.take_used()
-    assert queue.queue.send(100).tolist() == scattered[RING_SIZE : 2 * RING_SIZE].tolist()
+    assert listed(queue.queue.send(100)) == scattered[RING_SIZE : 2 * RING_SIZE]
 
 
 def test_historic_bug_a_batch_of_a_single_page_is_sent() -> None:
     """The last kick was made only when more than one entry had been added: the page waited for ever."""
     queue = Queue()
     queue.queue.record(pages(77))
-    assert queue.queue.send(1).tolist() == [77]
+    assert listed(queue.queue.send(1)) == [77]
     assert queue.kicks == 1
     assert queue.serve() == [(77, 1)]
-    assert queue.queue.take_used().tolist() == [77]
+    assert listed(queue.queue.take_used()) == [77]
     queue.queue.record(pages(*range(10, 10 + 2 * (RING_SIZE + 1), 2)))  # a full ring, and one page more
     queue.queue.send(100)
     queue.serve()
     queue.queue.take_used()
     assert queue.queue.recorded_pages == 1
-    assert queue.queue.send(100).size == 1
+    assert listed(queue.queue.send(100)) == [26]
     assert queue.kicks == 3
     assert queue.serve() == [(26, 1)]
 
@@ -124,8 +131,8 @@ def test_historic_bug_a_run_of_4_gib_does_not_become_an_entry_of_length_0(extra:
     assert ((counts * PAGE_BYTES) < 1 << 32).all()
     assert RUN_PAGES_MAX * PAGE_BYTES == 0xFFFF_F000, "the largest page-aligned length of 32 bits"
     queue = Queue(pages=4 << 20)
-    queue.queue.record(np.arange(run_pages, dtype=np.uint64) + np.uint64(7))
-    assert queue.queue.send(1 << 30).size == run_pages
+    queue.queue.record((np.array([7]), np.array([7 + run_pages])))
+    assert pages_in(queue.queue.send(1 << 30)) == run_pages
     addresses, lengths = queue.ring.buffers_in_flight()
     assert sorted(addresses.tolist()) == [7 * PAGE_BYTES, (7 + RUN_PAGES_MAX) * PAGE_BYTES]
     assert int(lengths.astype(np.int64).sum()) == run_pages * PAGE_BYTES
@@ -139,14 +146,14 @@ def test_historic_bug_pages_whose_recording_fails_are_still_the_callers() -> Non
     with pytest.raises(XBitmapTryAgain):
         queue.queue.record(pages(6, 3000))
     assert queue.queue.recorded_pages == 1
-    assert queue.queue.take_back().tolist() == [5]
+    assert listed(queue.queue.take_back()) == [5]
 
 
 def test_pages_not_sent_are_taken_back_and_only_those() -> None:
     queue = Queue()
-    queue.queue.record(np.arange(10, 30, dtype=np.uint64))
-    assert queue.queue.send(8).tolist() == list(range(10, 18))
-    assert queue.queue.take_back().tolist() == list(range(18, 30))
+    queue.queue.record(pages(*range(10, 30)))
+    assert listed(queue.queue.send(8)) == list(range(10, 18))
+    assert listed(queue.queue.take_back()) == list(range(18, 30))
     assert queue.queue.recorded_pages == 0
     assert queue.serve() == [(10, 8)]
 
@@ -157,8 +164,8 @@ def test_single_entries_need_no_bitmap_and_are_bounded_by_the_ring() -> None:
     queue.queue._bitmap = XBitmap(leaves_max=0)
     assert queue.queue.send_singly(np.arange(50, 70, dtype=np.uint64)) == RING_SIZE
     assert queue.serve() == [(50 + i, 1) for i in range(RING_SIZE)]
-    assert queue.queue.take_used().tolist() == list(range(50, 50 + RING_SIZE))
-    assert queue.queue.send_singly(pages()) == 0
+    assert listed(queue.queue.take_used()) == list(range(50, 50 + RING_SIZE))
+    assert queue.queue.send_singly(np.empty(0, dtype=np.uint64)) == 0
 
 
 def test_a_restored_queue_finds_in_the_ring_what_is_in_flight() -> None:
@@ -172,7 +179,7 @@ def test_a_restored_queue_finds_in_the_ring_what_is_in_flight() -> None:
     restored.restore(saved)
     assert restored.pages_in_flight == 4
     queue.serve()
-    assert sorted(restored.take_used().tolist()) == [1, 2, 3, 9]
+    assert listed(restored.take_used()) == [1, 2, 3, 9]
     assert restored.pages_in_flight == 0
 
 
@@ -193,7 +200,7 @@ def test_a_device_that_writes_into_the_descriptors_cannot_free_other_pages() -> 
     table[:] = 0x10_0000
     queue.device.push_many([chain.head for chain in queue.device.pop_all()])
     queue.device.publish()
-    assert queue.queue.take_used().tolist() == [40, 41]
+    assert listed(queue.queue.take_used()) == [40, 41]
     queue.memory.cast("H")[queue.ring.layout.used // 2 + 1] = 5  # a used index out of thin air
     with pytest.raises(DeviceProtocolError):
         queue.queue.take_used()

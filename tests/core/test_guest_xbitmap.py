@@ -101,6 +101,14 @@ class AgainstASet(RuleBasedStateMachine):
         self.bitmap.set_run(*limits)
         self.model.update(range(limits[0], limits[1] + 1))
 
+    @rule(base=BITS, gaps=st.lists(st.integers(2, 1500), min_size=1, max_size=12), length=st.integers(1, 40))
+    def set_runs(self, base: int, gaps: list[int], length: int) -> None:
+        firsts = [base + sum(gaps[:index]) + length * index for index in range(len(gaps))]
+        firsts = [first for first in firsts if first + length - 1 <= INDEX_MAX]
+        array = np.array(firsts, dtype=np.uint64)
+        self.bitmap.set_runs(array, array + np.uint64(length - 1))
+        self.model.update(bit for first in firsts for bit in range(first, first + length))
+
     @rule(limits=RANGES)
     def clear_bit_range(self, limits: tuple[int, int]) -> None:
         self.bitmap.clear_bit_range(*limits)
