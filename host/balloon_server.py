@@ -6,7 +6,8 @@ Rule 2: the device outlives its front-ends. A front-end that goes away takes rin
         size, features, ids and counters stay, and the next one finds them. The newest connection is served.
 Rule 3: garbage costs the connection it came on, and is counted by kind.
 Rule 4: hints that arrive after `close_hints` drained the queue are stale, whatever id they are for.
-Rule 5: DONE reaches the guest whatever happened: it is in the configuration space until the next id, for
+Rule 5: the device outlives its node, too: what must go on (`DeviceStore`) is kept before the guest can see it.
+Rule 6: DONE reaches the guest whatever happened: it is in the configuration space until the next id, for
         whoever connects to read.
 
 Public methods are thread-safe: they run on the device's thread and return when done.
@@ -14,80 +15,38 @@ Public methods are thread-safe: they run on the device's thread and return when 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from host.balloon_queues import BalloonQueues, HintBatch
 from host.call_loop import READ, CallLoop
-from host.errors import DeviceNotReady, LoopEnded
+from host.device_status import CarriesDeviceState, DeviceState, DeviceStatus
+from host.device_store import DeviceStore, KeptState
+from host.errors import DeviceNotReady, DeviceStateUnreadable, LoopEnded
 from host.vhost_connection import VhostConnection
 from virtio.balloon import F_FREE_PAGE_HINT, QUEUE_DEFLATE, QUEUE_HINT, QUEUE_INFLATE, has
 from virtio.balloon_device import FEATURES_DEFAULT, BalloonDevice
 from virtio.balloon_device import DeviceState as SavedDevice
-from virtio.errors import LocalProtocolError
+from virtio.errors import LocalProtocolError, RemoteProtocolError, VhostUserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
     from pathlib import Path
 
     from host.device_log import DeviceLog
+    from virtio.balloon_stats import GuestStatistics
 
 __all__ = ["BalloonServer", "DeviceState", "DeviceStatus", "HintBatch"]
 
 PAGES_UNKNOWN = 1 << 32  # before a guest shared its RAM: as many as page frame numbers can name
-DRAIN_PASSES_MAX = 64  # 64 rings full: an honest report ends long before
 QUIET_S_MAX = 10.0
-
-
-class CarriesDeviceState(Protocol):
-    """What `adopt_state` reads: `DeviceState` here, or the protobuf message of that name."""
-
-    @property
-    def features(self) -> int: ...
-    @property
-    def num_pages(self) -> int: ...
-    @property
-    def actual(self) -> int: ...
-    @property
-    def poison_value(self) -> int: ...
-    @property
-    def next_command_id(self) -> int: ...
-    @property
-    def hints_open(self) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceState:
-    """What travels with the guest (migration.proto). `hints_open`: the guest still waits for DONE."""
-
-    features: int
-    num_pages: int
-    actual: int
-    poison_value: int
-    next_command_id: int
-    hints_open: bool
-    ring_bases: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceStatus:
-    """How things stand. `ready`: the driver is up, its rings run, and it hears of configuration changes."""
-
-    ready: bool
-    features: int
-    num_pages: int
-    actual: int
-    hints_negotiated: bool
-    hint_state: str
-    inflated_pages: int
-    deflated_pages: int
-    guest_errors: dict[str, int]
-    connection_errors: dict[str, int]
+STATS_S_MAX = 2.0  # a guest answers in well under a millisecond, or it stands still
 
 
 class BalloonServer:
@@ -98,6 +57,10 @@ class BalloonServer:
         sink: gets every `HintBatch` on the device's thread; it must not wait for this device.
         log: gets every store the device makes into guest RAM.
         features_offered: device feature bits.
+        state_path: where the device is kept for a node that restarts; None: nowhere.
+
+    Raises:
+        DeviceStateUnreadable: there is something else at `state_path`.
     """
 
     def __init__(
@@ -107,6 +70,7 @@ class BalloonServer:
         sink: Callable[[HintBatch], None],
         log: DeviceLog,
         features_offered: int = FEATURES_DEFAULT,
+        state_path: Path | None = None,
     ) -> None:
         self.socket_path = os.fspath(socket_path)
         self._device = BalloonDevice(PAGES_UNKNOWN, features_offered=features_offered)
@@ -116,6 +80,9 @@ class BalloonServer:
         self._connection: VhostConnection | None = None
         self._done_owed = False
         self._connection_errors: Counter[str] = Counter()
+        self._store = None if state_path is None else DeviceStore(state_path)
+        if self._store is not None:
+            self._take_up(self._store)
 
     # --- life -------------------------------------------------------------------------------------
 
@@ -141,9 +108,11 @@ class BalloonServer:
 
     def _close(self, listener: socket.socket) -> None:
         self._drop()
+        self._keep_or_count()
         self._loop.unwatch(listener.fileno())
         listener.close()
-        os.unlink(self.socket_path)  # noqa: PTH108
+        with contextlib.suppress(FileNotFoundError):  # somebody cleaned up before us
+            os.unlink(self.socket_path)  # noqa: PTH108
 
     # --- what the roles ask for -------------------------------------------------------------------
 
@@ -175,6 +144,19 @@ class BalloonServer:
         """
         self._loop.call(lambda: self._set_num_pages(num_pages))
 
+    def guest_stats(self, timeout: float = STATS_S_MAX) -> GuestStatistics:
+        """Ask the guest for fresh memory statistics (section 5.5.6.3) and wait for them.
+
+        Raises:
+            DeviceNotReady: no driver with a statistics queue is up, or it did not answer in time.
+        """
+        answer = self._loop.call(self._ask_stats)
+        try:
+            return answer.result(timeout)
+        except TimeoutError:
+            self._loop.call(lambda: self._queues.stats.forget(answer))
+            raise DeviceNotReady(f"the guest gave no statistics within {timeout:g} s") from None
+
     def status(self) -> DeviceStatus:
         """How things stand now."""
         return self._loop.call(self._status)
@@ -203,25 +185,46 @@ class BalloonServer:
         if not self._queues.quiet.wait(timeout):
             raise DeviceNotReady(f"the balloon's rings still run after {timeout:g} s")
 
+    def serve_out(self) -> None:
+        """Serve what the rings of a paused guest still hold: the device stores nothing into its RAM afterwards.
+
+        For guests whose rings run on while they are paused (nobody can ask a frozen front-end to stop them).
+        What stays out is what the host itself begins: ask for no statistics meanwhile.
+        """
+        self._loop.call(self._queues.serve_out)
+
     # --- the same, on the device's thread ---------------------------------------------------------
 
     def _ready(self) -> bool:
         heard = self._connection is not None and self._connection.hears_announcements
-        return heard and self._queues.running >= {QUEUE_INFLATE, QUEUE_DEFLATE}
+        needed = {QUEUE_INFLATE, QUEUE_DEFLATE}
+        if has(self._device.features, F_FREE_PAGE_HINT):
+            needed.add(QUEUE_HINT)
+        return heard and self._queues.running >= needed
 
     def _open_hints(self) -> int:
-        if not self._ready() or QUEUE_HINT not in self._queues.running:
-            raise DeviceNotReady("no guest driver with free page hinting is up")
+        if not self._ready():
+            raise DeviceNotReady("no guest driver is up that could hint its free pages")
         try:
-            self._queues.command_id = self._device.open_hints()
+            command_id = self._device.open_hints()
         except LocalProtocolError as error:
             raise DeviceNotReady(str(error)) from error
         self._done_owed = True
+        try:
+            self._keep()  # before the guest hears of the id
+        except DeviceNotReady:
+            self._device.close_hints()
+            raise
+        self._queues.command_id = command_id
         self._announce()
-        return self._queues.command_id
+        return command_id
 
     def _close_hints(self) -> HintBatch:
-        last = self._queues.drain_hints(DRAIN_PASSES_MAX)
+        try:
+            last = self._queues.drain_hints()
+        except VhostUserError as error:
+            self._gone(error.kind)
+            last = self._queues.drain_hints()  # of no queue
         was_shown = self._device.hints.config_command_id
         self._device.close_hints()
         if self._device.hints.config_command_id != was_shown:
@@ -231,7 +234,15 @@ class BalloonServer:
     def _hints_done(self) -> None:
         self._device.hints_done()
         self._done_owed = False
+        self._keep_or_count()  # if it cannot be kept, a restart says DONE once more
         self._announce()
+
+    def _ask_stats(self) -> Future[GuestStatistics]:
+        try:
+            return self._queues.ask_stats()
+        except VhostUserError as error:
+            self._gone(error.kind)
+            raise DeviceNotReady(str(error)) from error
 
     def _set_num_pages(self, num_pages: int) -> None:
         if not self._queues.mapped:
@@ -239,20 +250,31 @@ class BalloonServer:
         if not 0 <= num_pages <= self._device.pages:
             raise ValueError(f"a balloon of {num_pages} pages in a guest of {self._device.pages}")
         self._device.set_num_pages(num_pages)
+        self._keep()
         self._announce()
 
     def _status(self) -> DeviceStatus:
+        pages, stats = self._queues.pages, self._queues.stats
         return DeviceStatus(
             ready=self._ready(),
             features=self._device.features,
             num_pages=self._device.config.num_pages,
             actual=self._device.config.actual,
             hints_negotiated=has(self._device.features, F_FREE_PAGE_HINT),
+            hints_refusal=self._device.hints_refusal,
+            poison_value=self._device.poison,
             hint_state=self._device.hints.state.value,
-            inflated_pages=self._queues.inflated_pages,
-            deflated_pages=self._queues.deflated_pages,
+            inflated_pages=pages.inflated_pages,
+            deflated_pages=pages.deflated_pages,
+            reported_pages=pages.reported_pages,
+            released_pages=pages.released_pages,
             guest_errors=dict(+self._device.guest_errors),
             connection_errors=dict(self._connection_errors),
+            queue_numbering=self._queues.numbers.numbering,
+            memory_sealed=self._queues.sealed,
+            stats=stats.latest.values,
+            stats_at_ns=stats.at_ns,
+            stats_unknown_tags=stats.latest.unknown_tags,
         )
 
     def _device_state(self) -> DeviceState:
@@ -282,17 +304,74 @@ class BalloonServer:
             )
         )
         self._done_owed = state.hints_open
+        self._keep()
+
+    # --- across restarts of the node --------------------------------------------------------------
+
+    def _take_up(self, store: DeviceStore) -> None:
+        """Go on as the device that was kept. A report that was open then is over, and the guest is told so."""
+        kept = store.load()
+        if kept is None:
+            return
+        saved = SavedDevice(
+            features=kept.features & self._device.features_offered,
+            num_pages=kept.num_pages,
+            actual=kept.actual,
+            poison_value=kept.poison_value,
+            next_command_id=kept.next_command_id,
+            hints_open=kept.done_owed,
+        )
+        try:
+            self._device.restore(saved)
+        except RemoteProtocolError as error:
+            raise DeviceStateUnreadable(store.path, str(error)) from error
+        if kept.done_owed:  # the migration that asked for hints died with the node
+            self._device.hints_done()
+
+    def _keep(self) -> None:
+        """Raises DeviceNotReady when the state cannot be written: what needs it must not happen."""
+        if self._store is None:
+            return
+        saved = self._device.save()
+        kept = KeptState(
+            features=saved["features"],
+            num_pages=saved["num_pages"],
+            actual=saved["actual"],
+            poison_value=saved["poison_value"],
+            next_command_id=saved["next_command_id"],
+            done_owed=self._done_owed,
+        )
+        try:
+            self._store.keep(kept)
+        except OSError as error:
+            raise DeviceNotReady(
+                f"the device's state cannot be kept in {self._store.path}: {error}"
+            ) from error
+
+    def _keep_or_count(self) -> None:
+        try:
+            self._keep()
+        except DeviceNotReady:
+            self._connection_errors["state_not_kept"] += 1
+
+    def _driver_wrote(self) -> None:
+        """Features or configuration: kept once a turn, however often a guest writes."""
+        self._loop.soon("keep", self._keep_or_count)
 
     # --- connections ------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        assert self._listener is not None
+        listener = self._listener
+        if listener is None:
+            return  # `stop` was called, and its `_close` waits for its turn
         try:
-            connection, _ = self._listener.accept()
+            connection, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return  # gone before it was served
         self._drop()
-        self._connection = VhostConnection(connection, self._loop, self._queues, self._gone)
+        self._connection = VhostConnection(
+            connection, self._loop, self._queues, on_gone=self._gone, on_write=self._driver_wrote
+        )
 
     def _gone(self, kind: str) -> None:
         if kind:

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migration.pages import PAGE_BYTES
+from migration.pages import PAGE_BYTES, merge_runs, pfns_of, set_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from migration.pages import U64Array
+    from migration.pages import BoolArray, U64Array
 
+PAGES_MAX = 1 << 52  # what 64 bits of guest address can name
 COMPACT_ABOVE = 1 << 16  # entries; duplicates beyond this cost more memory than removing them costs time
 
 
@@ -32,8 +33,8 @@ class DeviceLog:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._few: set[int] = set()  # ring stores: a handful of pages, again and again
-        self._many: list[U64Array] = []  # whole arrays: ballooned pages
-        self._many_entries = 0
+        self._runs: list[tuple[U64Array, U64Array]] = []  # (first, count): ballooned and reported pages
+        self._runs_entries = 0
         self._compact_above = COMPACT_ABOVE
 
     def add(self, address: int, length: int) -> None:
@@ -55,19 +56,47 @@ class DeviceLog:
 
     def add_pages(self, pfns: U64Array) -> None:
         """Log whole pages."""
+        self.add_runs(pfns, np.ones(len(pfns), np.uint64))
+
+    def add_runs(self, first: U64Array, count: U64Array) -> None:
+        """Log runs of whole pages, in any order; costs the same whatever their length."""
         with self._lock:
-            self._many.append(np.array(pfns, dtype=np.uint64))
-            self._many_entries += len(pfns)
-            if self._many_entries > self._compact_above:
-                self._many = [np.unique(np.concatenate(self._many))]
-                self._many_entries = len(self._many[0])
+            self._runs.append((np.array(first, np.uint64), np.array(count, np.uint64)))
+            self._runs_entries += len(first)
+            if self._runs_entries > self._compact_above:
+                merged = self._merged()
+                self._runs = [merged]
+                self._runs_entries = len(merged[0])
                 # Doubling keeps the work of compaction proportional to what was added.
-                self._compact_above = max(COMPACT_ABOVE, 2 * self._many_entries)
+                self._compact_above = max(COMPACT_ABOVE, 2 * self._runs_entries)
 
     def take(self) -> U64Array:
         """All logged page frame numbers, ascending and without duplicates; the log is empty afterwards."""
+        few, (first, count) = self._take()
+        return np.unique(np.concatenate([few, pfns_of(first, count)]))
+
+    def take_into(self, mask: BoolArray) -> None:
+        """Set what is logged in `mask`; the log is empty afterwards. Pages beyond are not this guest's."""
+        few, (first, count) = self._take()
+        mask[few[few < mask.size]] = True
+        inside = first < mask.size
+        first, count = first[inside], count[inside]
+        set_runs(mask, first, np.minimum(count, mask.size - first), value=True)
+
+    def _take(self) -> tuple[U64Array, tuple[U64Array, U64Array]]:
         with self._lock:
             few, self._few = self._few, set()
-            many, self._many = self._many, []
-            self._many_entries, self._compact_above = 0, COMPACT_ABOVE
-        return np.unique(np.concatenate([np.fromiter(few, np.uint64, len(few)), *many]))
+            runs = self._merged()
+            self._runs = []
+            self._runs_entries, self._compact_above = 0, COMPACT_ABOVE
+        return np.fromiter(few, np.uint64, len(few)), runs
+
+    def _merged(self) -> tuple[U64Array, U64Array]:
+        if not self._runs:
+            return np.empty(0, np.uint64), np.empty(0, np.uint64)
+        first, end = merge_runs(
+            np.concatenate([first for first, _ in self._runs]),
+            np.concatenate([count for _, count in self._runs]),
+            pages=PAGES_MAX,
+        )
+        return first.astype(np.uint64), (end - first).astype(np.uint64)

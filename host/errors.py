@@ -41,6 +41,15 @@ class DeviceNotReady(HostError):
     """The balloon device was asked for what needs a driver, and none is up."""
 
 
+class DeviceStateUnreadable(HostError):
+    """The file that keeps the balloon device across restarts is there and makes no sense."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(
+            f"device state {path}: {reason}; remove it to start with a device that is new to its guest"
+        )
+
+
 class LoopEnded(HostError):
     """A thread of this host was asked for something after it had been stopped, or had failed."""
 

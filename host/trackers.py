@@ -101,13 +101,16 @@ class HashTracker:
         self._baseline = None
 
 
-def choose(requested: str, write_protect_reason: str, *, hints: bool) -> tuple[TrackerName, str]:
+def choose(
+    requested: str, write_protect_reason: str, *, hints: bool, rehearsal: bool = False
+) -> tuple[TrackerName, str]:
     """The tracker to use and why, as (name, reason).
 
     Args:
         requested: "auto", "uffd" or "hash", as the scenario says.
         write_protect_reason: why the kernel's tracking is not available; "" when it is.
         hints: whether free pages will be skipped because the guest hinted them.
+        rehearsal: whether the guest goes on here: then rule 4 costs no write, at worst a comparison that fails.
 
     Raises:
         TrackerUnavailable: what was asked for cannot be had, in one line.
@@ -118,7 +121,7 @@ def choose(requested: str, write_protect_reason: str, *, hints: bool) -> tuple[T
             return "uffd", "asked for"
         case "uffd":
             raise TrackerUnavailable(f"tracker uffd is not available: {write_protect_reason}")
-        case "hash" if hints:
+        case "hash" if hints and not rehearsal:
             raise TrackerUnavailable(
                 "tracker hash cannot be combined with hints: a page that was freed and came back"
                 " with the same content looks clean"
@@ -127,7 +130,7 @@ def choose(requested: str, write_protect_reason: str, *, hints: bool) -> tuple[T
             return "hash", "asked for"
         case "auto" if not write_protect_reason:
             return "uffd", "the kernel tracks the guest's writes"
-        case "auto" if hints:
+        case "auto" if hints and not rehearsal:
             raise TrackerUnavailable(
                 f"hints need tracker uffd, which is not available: {write_protect_reason}"
             )
@@ -139,5 +142,5 @@ def choose(requested: str, write_protect_reason: str, *, hints: bool) -> tuple[T
 
 def _with_device_stores(mask: BoolArray, device_log: DeviceLog) -> BoolArray:
     # Taken after the guest's harvest: whatever the devices stored until now is in this one.
-    mask[device_log.take()] = True
+    device_log.take_into(mask)
     return mask

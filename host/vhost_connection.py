@@ -3,7 +3,8 @@
 Rule 1: what the session (virtio/vhost_user_backend.py) says is done in its order, before the next message.
 Rule 2: whatever goes wrong on a connection ends that connection: `on_gone` is called once, with the kind of
         violation, or "" for a peer that went away.
-Rule 3: `close` stops the rings and closes every descriptor that came over this connection.
+Rule 3: `on_write` is called after the driver chose features or wrote to the configuration space.
+Rule 4: `close` stops the rings and closes every descriptor that came over this connection.
 """
 
 from __future__ import annotations
@@ -48,12 +49,15 @@ class VhostConnection:
         connection: socket.socket,
         loop: CallLoop,
         queues: BalloonQueues,
+        *,
         on_gone: Callable[[str], None],
+        on_write: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._queues = queues
         self._device = queues.device
         self._on_gone = on_gone
+        self._on_write = on_write
         self._socket = VhostSocket(connection)
         self._session = BackendSession(self._device.features_offered, self._device.read_config)
         self._channel: socket.socket | None = None
@@ -182,7 +186,8 @@ class VhostConnection:
             case MapRegion():
                 self._queues.map_region(effect.fd, effect.guest_address, effect.size)
             case FeaturesSet():
-                self._device.negotiate(effect.features)
+                self._queues.driver_chose(effect.features)
+                self._on_write()
             case StartRing():
                 self._start_ring(effect)
             case RingFdsChanged():
@@ -193,6 +198,7 @@ class VhostConnection:
                 return self._session.ring_stopped(effect.index, self._stop_ring(effect.index))
             case ConfigWritten():
                 self._device.write_config(effect.offset, effect.data)
+                self._on_write()
             case BackendChannel():
                 self._take_channel(effect.fd)
             case CloseFds():
@@ -209,7 +215,7 @@ class VhostConnection:
         self._serve(order.index)  # chains may wait whose kick went to a device before us
 
     def _stop_ring(self, index: int) -> int:
-        if index in self._queues.running:
+        if self._queues.serves(index):
             self._loop.unwatch(self._queues.kick_fd(index))
         return self._queues.stop(index)
 
@@ -229,13 +235,22 @@ class VhostConnection:
             alive = False
         if not alive:  # a pipe whose writer is gone would be ready for ever
             self._loop.unwatch(fd)
-        self._serve(index)
+        self._serve_or_end(index)
+
+    def _serve_or_end(self, index: int) -> None:
+        """As `_serve`, from the loop: what the front-end did wrong ends its connection and not the loop."""
+        if self._closed:
+            return
+        try:
+            self._serve(index)
+        except VhostUserError as error:
+            self._on_gone(error.kind)
 
     def _serve(self, index: int) -> None:
         for _ in range(PASSES_PER_TURN_MAX):
             if not self._queues.serve(index):
                 break
         else:
-            self._loop.soon(index, partial(self._serve, index))
+            self._loop.soon(index, partial(self._serve_or_end, index))
         if self._queues.broken(index):
             self._loop.unwatch(self._queues.kick_fd(index))

@@ -1,6 +1,7 @@
 """Numbers of the balloon device and its configuration space (virtio 1.2 section 5.5).
 
-Rule 1: numbers here are the standard's; the two of our own (`F_SG`, `CMD_ID_FIRST`) say so.
+Rule 1: numbers here are the standard's; those that are not (`F_SG`, `F_HINT_WAIT_ON_ACK`, `CMD_ID_FIRST`) say
+        so.
 Rule 2: a running command id is never below 2, and ids wrap from 2**32 - 1 to `CMD_ID_FIRST`.
 Rule 3: the configuration space is 16 little-endian bytes; every access states an offset and stays inside.
 
@@ -34,7 +35,7 @@ F_RING_INDIRECT_DESC = 28
 F_RING_EVENT_IDX = 29
 F_VERSION_1 = 32
 
-# Queue numbers, section 5.5.2: fixed, whether or not a feature is on. (Linux packs them.)
+# Queue numbers, section 5.5.2: fixed, whether or not a feature is on. (Linux packs them: queue_numbers.py.)
 QUEUE_INFLATE = 0
 QUEUE_DEFLATE = 1
 QUEUE_STATS = 2

@@ -79,18 +79,20 @@ class DeviceRing:
         next_avail: int = 0,
         event_idx: bool = False,
         indirect: bool = True,
+        first_address: int = 0,
     ) -> None:
         """Take a ring over at `next_avail`; the used index is the one in guest memory.
 
-        Raises GuestProtocolError ("ring_layout") when the layout is not legal for `memory` (writable bytes,
-        the whole guest RAM).
+        `memory` is writable bytes; guest RAM is what of it lies at `first_address` and above.
+        Raises GuestProtocolError ("ring_layout") when the layout is not legal for it.
         """
-        check_layout(layout, len(memory))
+        check_layout(layout, len(memory), first_address)
         self.layout = layout
         self.next_avail = next_avail & 0xFFFF
         self.broken: GuestProtocolError | None = None
         self.errors_count = 0
         self._memory = memory
+        self._first_address = first_address
         self._view = RingView(memory, layout)
         self._event_idx = event_idx
         self._indirect = indirect
@@ -98,7 +100,9 @@ class DeviceRing:
         self._in_flight = np.zeros(layout.size, np.bool_)
         self._stores: list[tuple[int, int]] = []
         self._errors: list[GuestProtocolError] = []
+        self._newest: int | None = None  # head of the newest chain taken
         self._walked = 0  # descriptors that the current `pop_all` followed one by one
+        self._readable = 0  # bytes for the device to read in the chains of the current `pop_all`
 
     @property
     def size(self) -> int:
@@ -110,6 +114,11 @@ class DeviceRing:
         """Chains taken and not yet pushed."""
         return int(np.count_nonzero(self._in_flight))
 
+    @property
+    def newest(self) -> int | None:
+        """Head of the chain that `unpop` would take back, None when there is none."""
+        return self._newest if self._newest is not None and self._in_flight[self._newest] else None
+
     def pop(self) -> Chain | None:
         """The next chain, or None when there is none.
 
@@ -120,17 +129,25 @@ class DeviceRing:
             raise GuestProtocolError(self.broken.kind, f"ring is broken: {self.broken.detail}")
         return self._pop_one() if self._waiting() else None
 
-    def pop_all(self, chains_max: int | None = None) -> list[Chain]:
+    def pop_all(
+        self, chains_max: int | None = None, *, readable_bytes_max: int = CHAIN_BYTES_LIMIT
+    ) -> list[Chain]:
         """At most `chains_max` (default: the ring's size) chains; never raises for what the guest did.
 
+        No more chains are taken once they hold `readable_bytes_max` bytes to read (the last one may exceed it).
         Bad chains are given back used, and their errors wait in `take_errors`, as does the error of a ring
         that broke. There may be more chains afterwards, unless neither chains nor errors came. 1024 chains of
         one descriptor take about a millisecond, other chains some microseconds per descriptor.
         """
         limit = self.size if chains_max is None else chains_max
         chains: list[Chain] = []
-        seen = self._walked = 0
-        while seen < limit and self._walked < WALK_MAX and self.broken is None:
+        seen = self._walked = self._readable = 0
+        while (
+            seen < limit
+            and self._walked < WALK_MAX
+            and self._readable < readable_bytes_max
+            and self.broken is None
+        ):
             try:
                 count = min(self._waiting(), limit - seen)
             except GuestProtocolError as error:
@@ -138,9 +155,10 @@ class DeviceRing:
                 break
             if count == 0:
                 break
-            batch = self._pop_simple(count)
-            chains += self._pop_each(count) if batch is None else batch
-            seen += count
+            before = self.next_avail
+            batch = self._pop_simple(count, readable_bytes_max)
+            chains += self._pop_each(count, readable_bytes_max) if batch is None else batch
+            seen += (self.next_avail - before) & 0xFFFF
         return chains
 
     def push(self, head: int, written_bytes: int = 0) -> None:
@@ -182,10 +200,11 @@ class DeviceRing:
         For chains a device holds for long (statistics) when the ring is stopped. Raises LocalProtocolError
         unless `head` is the newest chain taken and still in flight.
         """
-        newest = int(self._view.avail[(self.next_avail - 1) & (self.size - 1)])
-        if head != newest or not self._in_flight[head]:
+        # Known from here and not from the available ring, which the guest may have overwritten since.
+        if head != self.newest:
             raise LocalProtocolError(f"chain {head} is not the newest in flight")
         self._in_flight[head] = False
+        self._newest = None
         self.next_avail = (self.next_avail - 1) & 0xFFFF
 
     def publish(self) -> bool:
@@ -229,8 +248,8 @@ class DeviceRing:
             raise self._break("avail_index", f"{waiting} entries available in a ring of {self.size}")
         return waiting
 
-    def _pop_simple(self, count: int) -> list[Chain] | None:
-        """`count` chains at once if each is one good direct descriptor; else None and nothing happened."""
+    def _pop_simple(self, count: int, readable_bytes_max: int) -> list[Chain] | None:
+        """Up to `count` chains at once if each is one good direct descriptor; else None and nothing happened."""
         view = self._view
         heads = view.avail[(self.next_avail + np.arange(count)) & (self.size - 1)]
         if int(heads.max()) >= self.size or self._in_flight[heads].any():
@@ -244,25 +263,34 @@ class DeviceRing:
         )  # wraps only where the next line refuses
         simple = (flags & (DESC_F_NEXT | DESC_F_INDIRECT) == 0) & (lengths > 0)
         simple &= (lengths <= len(self._memory)) & (descriptors["address"] <= room)
+        simple &= descriptors["address"] >= self._first_address
         if not simple.all():
             return None
+        read = self._readable + np.cumsum(np.where(flags & DESC_F_WRITE, 0, lengths), dtype=np.uint64)
+        count = min(count, 1 + int(np.searchsorted(read, readable_bytes_max)))
+        heads, lengths, flags = heads[:count], lengths[:count], flags[:count]
+        self._readable = int(read[count - 1])
         self._in_flight[heads] = True
+        self._newest = int(heads[-1])
         self.next_avail = (self.next_avail + count) & 0xFFFF
-        buffers = zip(descriptors["address"].tolist(), lengths.tolist(), strict=True)
+        buffers = zip(descriptors["address"][:count].tolist(), lengths.tolist(), strict=True)
         return [
             Chain(head, [], [buffer]) if flag & DESC_F_WRITE else Chain(head, [buffer], [])
             for head, flag, buffer in zip(heads.tolist(), flags.tolist(), buffers, strict=True)
         ]
 
-    def _pop_each(self, count: int) -> list[Chain]:
-        """The good ones of the next `count` chains, one by one, as far as the walk's limit reaches."""
+    def _pop_each(self, count: int, readable_bytes_max: int) -> list[Chain]:
+        """The good ones of the next `count` chains, one by one, as far as the limits reach."""
         chains: list[Chain] = []
         for _ in range(count):
             try:
-                chains.append(self._pop_one())
+                chain = self._pop_one()
             except GuestProtocolError as error:
                 self._note(error)
-            if self._walked >= WALK_MAX or self.broken is not None:
+            else:
+                chains.append(chain)
+                self._readable += sum(length for _, length in chain.readable)
+            if self._walked >= WALK_MAX or self._readable >= readable_bytes_max or self.broken is not None:
                 break
         return chains
 
@@ -277,9 +305,11 @@ class DeviceRing:
         try:
             chain = self._walk(head)
         except GuestProtocolError:
+            self._newest = None
             self._put_used(head, 0)
             raise
         self._in_flight[head] = True
+        self._newest = head
         return chain
 
     def _walk(self, head: int) -> Chain:
@@ -322,14 +352,15 @@ class DeviceRing:
             raise GuestProtocolError("indirect_next", f"head {head}: an indirect descriptor has a next one")
         if length == 0 or length % DESCRIPTOR_BYTES:
             raise GuestProtocolError("indirect_size", f"head {head}: table of {length} bytes")
-        if address > len(self._memory) - length:
+        if not self._first_address <= address <= len(self._memory) - length:
             raise GuestProtocolError("address_range", f"head {head}: table at {address:#x}+{length:#x}")
         return address, length // DESCRIPTOR_BYTES
 
     def _add_buffer(self, chain: Chain, address: int, length: int, flags: int, total_bytes: int) -> None:
         if length == 0:
             raise GuestProtocolError("length_zero", f"head {chain.head}")
-        if address > len(self._memory) - length:  # also what would wrap around 2**64
+        # Also what would wrap around 2**64.
+        if not self._first_address <= address <= len(self._memory) - length:
             raise GuestProtocolError("address_range", f"head {chain.head}: {address:#x}+{length:#x}")
         if total_bytes >= CHAIN_BYTES_LIMIT:
             raise GuestProtocolError("chain_bytes", f"head {chain.head}: {total_bytes} bytes")

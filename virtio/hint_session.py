@@ -4,7 +4,8 @@ Rule 1: a hint counts only while the guest reports for the id we last issued: fr
         its next command. All else is stale, is counted, and changes nothing.
 Rule 2: an id is never issued again before the guest's STOP ended every earlier report.
 Rule 3: only whole pages inside a hinted range count; a range outside RAM or without a whole page is rejected.
-Rule 4: nothing here knows which pages are to be sent or are dirty: a hint says "free since id n was
+Rule 4: what one report may name is bounded (`FLOOD_FACTOR`): dropping a hint is always safe, keeping all is not.
+Rule 5: nothing here knows which pages are to be sent or are dirty: a hint says "free since id n was
         issued", and only the set harvested before id n may be cleared by it. Whoever opens a session must
         have harvested, and must not harvest again before `close`.
 
@@ -31,6 +32,8 @@ from virtio.balloon import (
 )
 from virtio.errors import LocalProtocolError
 
+# A guest may report a range more than once (no walker promises otherwise); without an end it would fill our memory.
+FLOOD_FACTOR = 4
 _COMMAND = struct.Struct("<I")
 assert _COMMAND.size == CMD_ID_BYTES
 
@@ -121,6 +124,7 @@ class HintSession:
         self._current: int | None = None
         self._oldest_unended: int | None = None  # oldest id issued since the guest's last STOP
         self._stopped_by_guest = False
+        self._hinted_pages = 0  # in the current report, duplicates included
 
     @property
     def config_command_id(self) -> int:
@@ -154,6 +158,7 @@ class HintSession:
             self._oldest_unended = command_id
         self.next_command_id = command_id_after(command_id)
         self._current = command_id
+        self._hinted_pages = 0
         self._stopped_by_guest = False
         self.state = HintState.REQUESTED
         return command_id
@@ -190,17 +195,23 @@ class HintSession:
             self._oldest_unended = self._current if self.state is HintState.REQUESTED else None
         return StaleCommand(command_id)
 
-    def feed_range(self, address: int, length: int, pages: int) -> HintRange | StaleRange | RejectedRange:
+    def feed_range(
+        self, address: int, length: int, pages: int, first_page: int = 0
+    ) -> HintRange | StaleRange | RejectedRange:
         """What a device-writable buffer means: `length` bytes at guest address `address` are free.
 
-        `pages` is the size of guest RAM. Pages that the range covers only in part do not count.
+        Guest RAM is the pages from `first_page` up to `pages`. Pages that the range covers only in part do not
+        count, nor does anything once the report named all of RAM `FLOOD_FACTOR` times.
         """
-        if length <= 0 or address < 0 or address + length > pages * PAGE_BYTES:
-            return RejectedRange(f"{address:#x}+{length:#x} is not inside {pages} pages")
+        if length <= 0 or address < first_page * PAGE_BYTES or address + length > pages * PAGE_BYTES:
+            return RejectedRange(f"{address:#x}+{length:#x} is not inside pages {first_page}..{pages}")
         first = (address + PAGE_BYTES - 1) >> PAGE_SHIFT
         count = ((address + length) >> PAGE_SHIFT) - first
         if count <= 0:
             return RejectedRange(f"{address:#x}+{length:#x} holds no whole page")
         if self.state is not HintState.STARTED:
             return StaleRange(count)
+        if self._hinted_pages + count > FLOOD_FACTOR * (pages - first_page):
+            return RejectedRange("a report of more pages than an honest guest has")
+        self._hinted_pages += count
         return HintRange(first, count)

@@ -67,8 +67,11 @@ def layout_at(address: int, size: int) -> RingLayout:
     return RingLayout(desc=address, avail=avail, used=avail + avail_bytes(size) + 3 & ~3, size=size)
 
 
-def check_layout(layout: RingLayout, memory_bytes: int) -> None:
-    """Raise GuestProtocolError ("ring_layout") unless size, alignment and place are legal (section 2.7)."""
+def check_layout(layout: RingLayout, memory_bytes: int, first_address: int = 0) -> None:
+    """Raise GuestProtocolError ("ring_layout") unless size, alignment and place are legal (section 2.7).
+
+    Guest RAM is what lies from `first_address` up to `memory_bytes`.
+    """
     size = layout.size
     if not 0 < size <= SIZE_MAX or size & (size - 1):
         raise GuestProtocolError("ring_layout", f"size {size} is no power of two up to {SIZE_MAX}")
@@ -80,7 +83,7 @@ def check_layout(layout: RingLayout, memory_bytes: int) -> None:
     for name, address, length, alignment in parts:
         if address % alignment:
             raise GuestProtocolError("ring_layout", f"{name} at {address:#x} is not {alignment}-byte aligned")
-        if not 0 <= address <= memory_bytes - length:
+        if not first_address <= address <= memory_bytes - length:
             raise GuestProtocolError("ring_layout", f"{name} at {address:#x} leaves {memory_bytes:#x} bytes")
 
 

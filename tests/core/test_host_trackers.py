@@ -264,5 +264,5 @@ def test_a_log_that_nobody_takes_stays_bounded():
     pages = np.arange(1000, dtype=np.uint64)
     for _ in range(3 * COMPACT_ABOVE // 1000):
         log.add_pages(pages)
-        assert log._many_entries <= COMPACT_ABOVE + 1000
+        assert log._runs_entries <= COMPACT_ABOVE + 1000
     assert log.take().tolist() == pages.tolist()

@@ -287,14 +287,14 @@ def test_hazard_8_a_page_inflated_twice_counts_once(host: MockHost):
     host.guest.inflate([500, 7, 500, 9, 7])
     chain = host.rings[QUEUE_INFLATE].pop()
     assert chain is not None
-    assert host.device.process_inflate(chain, host.read).pfns.tolist() == [7, 9, 500]
+    assert host.device.process_inflate([chain], host.read).pfns.tolist() == [7, 9, 500]
 
 
 def test_hazard_8_page_numbers_outside_ram_are_left_out_and_counted(host: MockHost):
     host.guest.deflate([PAGES - 1, PAGES, 0xFFFFFFFF])
     chain = host.rings[QUEUE_DEFLATE].pop()
     assert chain is not None
-    result = host.device.process_deflate(chain, host.read)
+    result = host.device.process_deflate([chain], host.read)
     assert (result.pfns.tolist(), result.rejected) == ([PAGES - 1], 2)
     assert host.device.guest_errors["pfn_range"] == 2
 

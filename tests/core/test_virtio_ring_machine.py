@@ -145,9 +145,9 @@ class RingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule()
     def unpop_the_newest(self) -> None:
-        slot = (self.device.next_avail - 1) % SIZE
-        newest = self.memory[self.layout.avail + 4 + 2 * slot :][:2].cast("H")[0]
-        if self.held[-1].head == newest and len(self.available) < SIZE:
+        newest = self.device.newest  # None after an unpop, until the next pop
+        if newest is not None and len(self.available) < SIZE:
+            assert self.held[-1].head == newest
             self.device.unpop(newest)
             self.available.insert(0, self.held.pop())
             self.device_asleep = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from virtio.balloon import QUEUE_HINT, QUEUE_INFLATE
+from virtio.balloon import F_SG, QUEUE_HINT, QUEUE_INFLATE
 from virtio.errors import GuestProtocolError
 from virtio.hint_session import HintStarted, HintState, RejectedRange
 from virtio.split_ring import DeviceRing
@@ -203,12 +203,13 @@ def test_hazard_9_direction_decides_what_a_buffer_is_not_its_length(host: MockHo
     assert host.hints() == [HintStarted(command_id)]
 
 
-def test_hazard_9_pages_offered_as_an_array_on_the_inflate_queue_are_refused(host: MockHost):
+def test_hazard_9_pages_on_the_inflate_queue_are_refused_without_f_sg(host: MockHost):
     host.guest.rings[QUEUE_INFLATE].add([], [(64 * PAGE, PAGE)], None)
     host.guest.rings[QUEUE_INFLATE].publish()
     chain = host.rings[QUEUE_INFLATE].pop()
     assert chain is not None
-    assert host.device.process_inflate(chain, host.read).pfns.size == 0
+    host.device.negotiate(host.device.features & ~(1 << F_SG))
+    assert host.device.process_inflate([chain], host.read).pages == 0
     assert host.device.guest_errors == {"direction": 1}
 
 
@@ -230,7 +231,7 @@ def test_hazard_9_random_ring_memory_never_raises_anything_else():
         for chain in ring.pop_all():
             for address, length in chain.readable + chain.writable:
                 assert 0 < length <= PAGES * PAGE - address
-            host.device.process_inflate(chain, host.read)
+            host.device.process_inflate([chain], host.read)
             ring.push(chain.head)
         ring.publish()
         assert len(host.guest.used_entries(QUEUE_INFLATE)) == 16
