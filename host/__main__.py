@@ -96,7 +96,12 @@ def serve(options: argparse.Namespace, stop: threading.Event) -> None:
         journal = stack.enter_context(Journal(options.journal))
         device_log = DeviceLog()
         relay = HintRelay()
-        balloon = BalloonServer(options.vhost_socket, sink=relay, log=device_log)
+        balloon = BalloonServer(
+            options.vhost_socket,
+            sink=relay,
+            log=device_log,
+            state_path=options.journal.with_name(options.journal.name + ".device.json"),
+        )
         balloon.start()
         stack.callback(balloon.stop)
         link = AgentLink(options.agent_socket)

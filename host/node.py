@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from host.balloon_server import STATS_S_MAX
 from host.errors import AgentError, AgentLost, DeviceNotReady
 from host.roles import GivesGuestsAway, RoleRefused
 from migration.pb import node_pb2, node_pb2_grpc
@@ -126,6 +127,16 @@ class NodeService(node_pb2_grpc.NodeServicer):
         with told(context):
             self._host.balloon.set_num_pages(request.num_pages)
         return node_pb2.SetBalloonReply()
+
+    def Stats(  # noqa: N802
+        self, request: node_pb2.StatsRequest, context: grpc.ServicerContext
+    ) -> node_pb2.StatsReply:
+        """Fresh numbers of the guest's own kernel."""
+        with told(context):
+            wait_s = request.wait_ms / 1000 if request.wait_ms else STATS_S_MAX
+            stats = self._host.balloon.guest_stats(wait_s)
+        self._host.events.add("guest_stats", **stats.values)
+        return node_pb2.StatsReply(values=stats.values, unknown_tags=stats.unknown_tags)
 
     # -- migrations ----------------------------------------------------------------------------
 

@@ -103,8 +103,8 @@ class SourceRole:
         if request.integrity not in INTEGRITY:
             raise ValueError(f"integrity {request.integrity!r} is none of {', '.join(INTEGRITY)}")
         tracker, why = choose(request.tracker, guest.write_protect_reason, hints=skip.uses_hints)
-        if skip.uses_hints and not self._host.balloon.status().hints_negotiated:
-            raise RoleRefused("the guest's balloon driver did not accept free page hinting")
+        if skip.uses_hints and (refusal := self._host.balloon.status().hints_refusal):
+            raise RoleRefused(refusal)
         return Order(
             key=AttemptKey(request.migration, request.attempt, hello.guest_epoch),
             dest_address=request.dest_address,

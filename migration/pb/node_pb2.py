@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17migration/pb/node.proto\x12\nballast.v1\"\x11\n\x0f\x44\x65scribeRequest\"h\n\rDescribeReply\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05roles\x18\x02 \x03(\t\x12\x19\n\x11migration_address\x18\x03 \x01(\t\x12\x12\n\nfacts_json\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x03\"\x0e\n\x0cWatchRequest\"=\n\tNodeEvent\x12\r\n\x05\x61t_ns\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0b\x66ields_json\x18\x03 \x01(\t\"\x14\n\x12GuestStatusRequest\"\xaa\x02\n\x10GuestStatusReply\x12\r\n\x05state\x18\x01 \x01(\t\x12\x13\n\x0bguest_epoch\x18\x02 \x01(\x04\x12\r\n\x05pages\x18\x03 \x01(\x04\x12\x12\n\nfree_pages\x18\x04 \x01(\x04\x12\x17\n\x0f\x62\x61llooned_pages\x18\x05 \x01(\x04\x12\x12\n\nheld_pages\x18\x06 \x01(\x04\x12\x13\n\x0b\x63pu_seconds\x18\x07 \x01(\x01\x12\x12\n\noperations\x18\x08 \x01(\x04\x12\x15\n\rballoon_ready\x18\t \x01(\x08\x12\x11\n\tnum_pages\x18\n \x01(\r\x12\x0e\n\x06\x61\x63tual\x18\x0b \x01(\r\x12\x16\n\x0eworkloads_json\x18\x0c \x01(\t\x12\x11\n\tagent_pid\x18\r \x01(\x03\x12\x14\n\x0c\x62\x61lloon_json\x18\x0e \x01(\t\"\x13\n\x11PauseGuestRequest\"\x11\n\x0fPauseGuestReply\"\x14\n\x12ResumeGuestRequest\"\x12\n\x10ResumeGuestReply\")\n\x11\x43heckGuestRequest\x12\x14\n\x0c\x65xpectations\x18\x01 \x01(\x0c\"F\n\x0f\x43heckGuestReply\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x10\n\x08problems\x18\x02 \x03(\t\x12\x15\n\rchecked_items\x18\x03 \x01(\x04\"&\n\x11SetBalloonRequest\x12\x11\n\tnum_pages\x18\x01 \x01(\r\"\x11\n\x0fSetBalloonReply\"\xcb\x02\n\x0eMigrateRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x14\n\x0c\x64\x65st_address\x18\x03 \x01(\t\x12\x0c\n\x04skip\x18\x04 \x01(\t\x12\x0f\n\x07tracker\x18\x05 \x01(\t\x12\x11\n\tintegrity\x18\x06 \x01(\t\x12\x12\n\nrounds_max\x18\x07 \x01(\r\x12\"\n\x1a\x62\x61ndwidth_bytes_per_second\x18\x08 \x01(\x04\x12\x19\n\x11\x64owntime_limit_ms\x18\t \x01(\r\x12\x14\n\x0chint_wait_ms\x18\n \x01(\r\x12\x12\n\ntimeout_ms\x18\x0b \x01(\r\x12\x15\n\ron_rounds_max\x18\x0c \x01(\t\x12&\n\x1eunsafe_clear_dirty_log_at_hint\x18\x0f \x01(\x08\x12\x11\n\trehearsal\x18\r \x01(\x08\"\x0e\n\x0cMigrateReply\"\x1f\n\rCancelRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"/\n\x0b\x43\x61ncelReply\x12\x11\n\teffective\x18\x01 \x01(\x08\x12\r\n\x05phase\x18\x02 \x01(\t\"\x1f\n\x0f\x41rtifactRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1d\n\rArtifactPiece\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x11\n\x0fShutdownRequest\"\x0f\n\rShutdownReply2\x87\x06\n\x04Node\x12\x42\n\x08\x44\x65scribe\x12\x1b.ballast.v1.DescribeRequest\x1a\x19.ballast.v1.DescribeReply\x12:\n\x05Watch\x12\x18.ballast.v1.WatchRequest\x1a\x15.ballast.v1.NodeEvent0\x01\x12K\n\x0bGuestStatus\x12\x1e.ballast.v1.GuestStatusRequest\x1a\x1c.ballast.v1.GuestStatusReply\x12H\n\nPauseGuest\x12\x1d.ballast.v1.PauseGuestRequest\x1a\x1b.ballast.v1.PauseGuestReply\x12K\n\x0bResumeGuest\x12\x1e.ballast.v1.ResumeGuestRequest\x1a\x1c.ballast.v1.ResumeGuestReply\x12H\n\nCheckGuest\x12\x1d.ballast.v1.CheckGuestRequest\x1a\x1b.ballast.v1.CheckGuestReply\x12H\n\nSetBalloon\x12\x1d.ballast.v1.SetBalloonRequest\x1a\x1b.ballast.v1.SetBalloonReply\x12?\n\x07Migrate\x12\x1a.ballast.v1.MigrateRequest\x1a\x18.ballast.v1.MigrateReply\x12<\n\x06\x43\x61ncel\x12\x19.ballast.v1.CancelRequest\x1a\x17.ballast.v1.CancelReply\x12\x44\n\x08\x41rtifact\x12\x1b.ballast.v1.ArtifactRequest\x1a\x19.ballast.v1.ArtifactPiece0\x01\x12\x42\n\x08Shutdown\x12\x1b.ballast.v1.ShutdownRequest\x1a\x19.ballast.v1.ShutdownReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17migration/pb/node.proto\x12\nballast.v1\"\x11\n\x0f\x44\x65scribeRequest\"h\n\rDescribeReply\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05roles\x18\x02 \x03(\t\x12\x19\n\x11migration_address\x18\x03 \x01(\t\x12\x12\n\nfacts_json\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x03\"\x0e\n\x0cWatchRequest\"=\n\tNodeEvent\x12\r\n\x05\x61t_ns\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0b\x66ields_json\x18\x03 \x01(\t\"\x14\n\x12GuestStatusRequest\"\xaa\x02\n\x10GuestStatusReply\x12\r\n\x05state\x18\x01 \x01(\t\x12\x13\n\x0bguest_epoch\x18\x02 \x01(\x04\x12\r\n\x05pages\x18\x03 \x01(\x04\x12\x12\n\nfree_pages\x18\x04 \x01(\x04\x12\x17\n\x0f\x62\x61llooned_pages\x18\x05 \x01(\x04\x12\x12\n\nheld_pages\x18\x06 \x01(\x04\x12\x13\n\x0b\x63pu_seconds\x18\x07 \x01(\x01\x12\x12\n\noperations\x18\x08 \x01(\x04\x12\x15\n\rballoon_ready\x18\t \x01(\x08\x12\x11\n\tnum_pages\x18\n \x01(\r\x12\x0e\n\x06\x61\x63tual\x18\x0b \x01(\r\x12\x16\n\x0eworkloads_json\x18\x0c \x01(\t\x12\x11\n\tagent_pid\x18\r \x01(\x03\x12\x14\n\x0c\x62\x61lloon_json\x18\x0e \x01(\t\"\x13\n\x11PauseGuestRequest\"\x11\n\x0fPauseGuestReply\"\x14\n\x12ResumeGuestRequest\"\x12\n\x10ResumeGuestReply\")\n\x11\x43heckGuestRequest\x12\x14\n\x0c\x65xpectations\x18\x01 \x01(\x0c\"F\n\x0f\x43heckGuestReply\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x10\n\x08problems\x18\x02 \x03(\t\x12\x15\n\rchecked_items\x18\x03 \x01(\x04\"&\n\x11SetBalloonRequest\x12\x11\n\tnum_pages\x18\x01 \x01(\r\"\x11\n\x0fSetBalloonReply\"\x1f\n\x0cStatsRequest\x12\x0f\n\x07wait_ms\x18\x01 \x01(\r\"\x85\x01\n\nStatsReply\x12\x32\n\x06values\x18\x01 \x03(\x0b\x32\".ballast.v1.StatsReply.ValuesEntry\x12\x14\n\x0cunknown_tags\x18\x02 \x01(\r\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xcb\x02\n\x0eMigrateRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x14\n\x0c\x64\x65st_address\x18\x03 \x01(\t\x12\x0c\n\x04skip\x18\x04 \x01(\t\x12\x0f\n\x07tracker\x18\x05 \x01(\t\x12\x11\n\tintegrity\x18\x06 \x01(\t\x12\x12\n\nrounds_max\x18\x07 \x01(\r\x12\"\n\x1a\x62\x61ndwidth_bytes_per_second\x18\x08 \x01(\x04\x12\x19\n\x11\x64owntime_limit_ms\x18\t \x01(\r\x12\x14\n\x0chint_wait_ms\x18\n \x01(\r\x12\x12\n\ntimeout_ms\x18\x0b \x01(\r\x12\x15\n\ron_rounds_max\x18\x0c \x01(\t\x12&\n\x1eunsafe_clear_dirty_log_at_hint\x18\x0f \x01(\x08\x12\x11\n\trehearsal\x18\r \x01(\x08\"\x0e\n\x0cMigrateReply\"\x1f\n\rCancelRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"/\n\x0b\x43\x61ncelReply\x12\x11\n\teffective\x18\x01 \x01(\x08\x12\r\n\x05phase\x18\x02 \x01(\t\"\x1f\n\x0f\x41rtifactRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1d\n\rArtifactPiece\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x11\n\x0fShutdownRequest\"\x0f\n\rShutdownReply2\xc2\x06\n\x04Node\x12\x42\n\x08\x44\x65scribe\x12\x1b.ballast.v1.DescribeRequest\x1a\x19.ballast.v1.DescribeReply\x12:\n\x05Watch\x12\x18.ballast.v1.WatchRequest\x1a\x15.ballast.v1.NodeEvent0\x01\x12K\n\x0bGuestStatus\x12\x1e.ballast.v1.GuestStatusRequest\x1a\x1c.ballast.v1.GuestStatusReply\x12H\n\nPauseGuest\x12\x1d.ballast.v1.PauseGuestRequest\x1a\x1b.ballast.v1.PauseGuestReply\x12K\n\x0bResumeGuest\x12\x1e.ballast.v1.ResumeGuestRequest\x1a\x1c.ballast.v1.ResumeGuestReply\x12H\n\nCheckGuest\x12\x1d.ballast.v1.CheckGuestRequest\x1a\x1b.ballast.v1.CheckGuestReply\x12H\n\nSetBalloon\x12\x1d.ballast.v1.SetBalloonRequest\x1a\x1b.ballast.v1.SetBalloonReply\x12\x39\n\x05Stats\x12\x18.ballast.v1.StatsRequest\x1a\x16.ballast.v1.StatsReply\x12?\n\x07Migrate\x12\x1a.ballast.v1.MigrateRequest\x1a\x18.ballast.v1.MigrateReply\x12<\n\x06\x43\x61ncel\x12\x19.ballast.v1.CancelRequest\x1a\x17.ballast.v1.CancelReply\x12\x44\n\x08\x41rtifact\x12\x1b.ballast.v1.ArtifactRequest\x1a\x19.ballast.v1.ArtifactPiece0\x01\x12\x42\n\x08Shutdown\x12\x1b.ballast.v1.ShutdownRequest\x1a\x19.ballast.v1.ShutdownReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'migration.pb.node_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_STATSREPLY_VALUESENTRY']._loaded_options = None
+  _globals['_STATSREPLY_VALUESENTRY']._serialized_options = b'8\001'
   _globals['_DESCRIBEREQUEST']._serialized_start=39
   _globals['_DESCRIBEREQUEST']._serialized_end=56
   _globals['_DESCRIBEREPLY']._serialized_start=58
@@ -59,22 +61,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETBALLOONREQUEST']._serialized_end=801
   _globals['_SETBALLOONREPLY']._serialized_start=803
   _globals['_SETBALLOONREPLY']._serialized_end=820
-  _globals['_MIGRATEREQUEST']._serialized_start=823
-  _globals['_MIGRATEREQUEST']._serialized_end=1154
-  _globals['_MIGRATEREPLY']._serialized_start=1156
-  _globals['_MIGRATEREPLY']._serialized_end=1170
-  _globals['_CANCELREQUEST']._serialized_start=1172
-  _globals['_CANCELREQUEST']._serialized_end=1203
-  _globals['_CANCELREPLY']._serialized_start=1205
-  _globals['_CANCELREPLY']._serialized_end=1252
-  _globals['_ARTIFACTREQUEST']._serialized_start=1254
-  _globals['_ARTIFACTREQUEST']._serialized_end=1285
-  _globals['_ARTIFACTPIECE']._serialized_start=1287
-  _globals['_ARTIFACTPIECE']._serialized_end=1316
-  _globals['_SHUTDOWNREQUEST']._serialized_start=1318
-  _globals['_SHUTDOWNREQUEST']._serialized_end=1335
-  _globals['_SHUTDOWNREPLY']._serialized_start=1337
-  _globals['_SHUTDOWNREPLY']._serialized_end=1352
-  _globals['_NODE']._serialized_start=1355
-  _globals['_NODE']._serialized_end=2130
+  _globals['_STATSREQUEST']._serialized_start=822
+  _globals['_STATSREQUEST']._serialized_end=853
+  _globals['_STATSREPLY']._serialized_start=856
+  _globals['_STATSREPLY']._serialized_end=989
+  _globals['_STATSREPLY_VALUESENTRY']._serialized_start=944
+  _globals['_STATSREPLY_VALUESENTRY']._serialized_end=989
+  _globals['_MIGRATEREQUEST']._serialized_start=992
+  _globals['_MIGRATEREQUEST']._serialized_end=1323
+  _globals['_MIGRATEREPLY']._serialized_start=1325
+  _globals['_MIGRATEREPLY']._serialized_end=1339
+  _globals['_CANCELREQUEST']._serialized_start=1341
+  _globals['_CANCELREQUEST']._serialized_end=1372
+  _globals['_CANCELREPLY']._serialized_start=1374
+  _globals['_CANCELREPLY']._serialized_end=1421
+  _globals['_ARTIFACTREQUEST']._serialized_start=1423
+  _globals['_ARTIFACTREQUEST']._serialized_end=1454
+  _globals['_ARTIFACTPIECE']._serialized_start=1456
+  _globals['_ARTIFACTPIECE']._serialized_end=1485
+  _globals['_SHUTDOWNREQUEST']._serialized_start=1487
+  _globals['_SHUTDOWNREQUEST']._serialized_end=1504
+  _globals['_SHUTDOWNREPLY']._serialized_start=1506
+  _globals['_SHUTDOWNREPLY']._serialized_end=1521
+  _globals['_NODE']._serialized_start=1524
+  _globals['_NODE']._serialized_end=2358
 # @@protoc_insertion_point(module_scope)

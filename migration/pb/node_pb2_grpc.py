@@ -69,6 +69,11 @@ class NodeStub:
                 request_serializer=migration_dot_pb_dot_node__pb2.SetBalloonRequest.SerializeToString,
                 response_deserializer=migration_dot_pb_dot_node__pb2.SetBalloonReply.FromString,
                 _registered_method=True)
+        self.Stats = channel.unary_unary(
+                '/ballast.v1.Node/Stats',
+                request_serializer=migration_dot_pb_dot_node__pb2.StatsRequest.SerializeToString,
+                response_deserializer=migration_dot_pb_dot_node__pb2.StatsReply.FromString,
+                _registered_method=True)
         self.Migrate = channel.unary_unary(
                 '/ballast.v1.Node/Migrate',
                 request_serializer=migration_dot_pb_dot_node__pb2.MigrateRequest.SerializeToString,
@@ -141,6 +146,13 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Stats(self, request, context):
+        """Asks the guest's balloon driver for fresh memory statistics and waits for them (event "guest_stats").
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Migrate(self, request, context):
         """Source role: starts a migration and returns at once; the outcome is the event "migration_ended".
         """
@@ -206,6 +218,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.SetBalloon,
                     request_deserializer=migration_dot_pb_dot_node__pb2.SetBalloonRequest.FromString,
                     response_serializer=migration_dot_pb_dot_node__pb2.SetBalloonReply.SerializeToString,
+            ),
+            'Stats': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stats,
+                    request_deserializer=migration_dot_pb_dot_node__pb2.StatsRequest.FromString,
+                    response_serializer=migration_dot_pb_dot_node__pb2.StatsReply.SerializeToString,
             ),
             'Migrate': grpc.unary_unary_rpc_method_handler(
                     servicer.Migrate,
@@ -417,6 +434,33 @@ class Node:
             '/ballast.v1.Node/SetBalloon',
             migration_dot_pb_dot_node__pb2.SetBalloonRequest.SerializeToString,
             migration_dot_pb_dot_node__pb2.SetBalloonReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Stats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ballast.v1.Node/Stats',
+            migration_dot_pb_dot_node__pb2.StatsRequest.SerializeToString,
+            migration_dot_pb_dot_node__pb2.StatsReply.FromString,
             options,
             channel_credentials,
             insecure,

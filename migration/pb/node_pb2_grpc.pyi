@@ -45,6 +45,8 @@ class NodeStub:
     """Runs every workload's self-check inside the guest against expectations logged outside guest RAM."""
     SetBalloon: _grpc.UnaryUnaryMultiCallable[_node_pb2.SetBalloonRequest, _node_pb2.SetBalloonReply]
     """Sets the balloon's num_pages; the driver follows in its own time."""
+    Stats: _grpc.UnaryUnaryMultiCallable[_node_pb2.StatsRequest, _node_pb2.StatsReply]
+    """Asks the guest's balloon driver for fresh memory statistics and waits for them (event "guest_stats")."""
     Migrate: _grpc.UnaryUnaryMultiCallable[_node_pb2.MigrateRequest, _node_pb2.MigrateReply]
     """Source role: starts a migration and returns at once; the outcome is the event "migration_ended"."""
     Cancel: _grpc.UnaryUnaryMultiCallable[_node_pb2.CancelRequest, _node_pb2.CancelReply]
@@ -69,6 +71,8 @@ class NodeAsyncStub(NodeStub):
     """Runs every workload's self-check inside the guest against expectations logged outside guest RAM."""
     SetBalloon: _aio.UnaryUnaryMultiCallable[_node_pb2.SetBalloonRequest, _node_pb2.SetBalloonReply]  # type: ignore[assignment]
     """Sets the balloon's num_pages; the driver follows in its own time."""
+    Stats: _aio.UnaryUnaryMultiCallable[_node_pb2.StatsRequest, _node_pb2.StatsReply]  # type: ignore[assignment]
+    """Asks the guest's balloon driver for fresh memory statistics and waits for them (event "guest_stats")."""
     Migrate: _aio.UnaryUnaryMultiCallable[_node_pb2.MigrateRequest, _node_pb2.MigrateReply]  # type: ignore[assignment]
     """Source role: starts a migration and returns at once; the outcome is the event "migration_ended"."""
     Cancel: _aio.UnaryUnaryMultiCallable[_node_pb2.CancelRequest, _node_pb2.CancelReply]  # type: ignore[assignment]
@@ -132,6 +136,14 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.SetBalloonReply, _abc.Awaitable[_node_pb2.SetBalloonReply]]:
         """Sets the balloon's num_pages; the driver follows in its own time."""
+
+    @_abc_1.abstractmethod
+    def Stats(
+        self,
+        request: _node_pb2.StatsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.StatsReply, _abc.Awaitable[_node_pb2.StatsReply]]:
+        """Asks the guest's balloon driver for fresh memory statistics and waits for them (event "guest_stats")."""
 
     @_abc_1.abstractmethod
     def Migrate(
