@@ -20,6 +20,7 @@ from guest_agent.beats import Beats
 from guest_agent.boot import BootPage
 from guest_agent.buddy import BuddyAllocator
 from guest_agent.clock import GuestClock, host_now_ns
+from guest_agent.compaction import Compaction
 from guest_agent.errors import RestoreError
 from guest_agent.frames import FrameTable
 from guest_agent.front_end import FrontEnd
@@ -109,6 +110,7 @@ class Machine:
         self.balloon = Balloon(
             ram, self.frames, self.buddy, area, front_end=self.front_end, gate=self.gate, options=balloon
         )
+        self.buddy.compact = Compaction(self.buddy, self.balloon.move_pages).make_block
         for workload in self.workloads:
             if isinstance(workload, Retake):
                 self.balloon.before_hint_kick(workload.take_back)
