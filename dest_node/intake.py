@@ -7,6 +7,7 @@ Rule 3: the guest runs only after COMMITTED is durable, and is told DONE by the 
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING, assert_never
 
@@ -49,6 +50,7 @@ class Intake:
         self._lock = threading.Lock()
         self._machine = DestMachine()
         self._receiver: PageReceiver | None = None
+        self._fresh: HostRam | None = None  # for the attempt that is being opened
         self._integrity = "full"
         self._prepare: migration_pb2.PrepareRequest | None = None
         self._restored = False
@@ -67,9 +69,20 @@ class Intake:
             RemoteProtocolError: another attempt is at hand that this one may not replace.
         """
         with self._lock:
-            self._check_room(memory_bytes)
+            if key != self._machine.key:
+                if (entry := self._host.journal.get(key, "dest")) is not None:
+                    raise IntakeRefused(f"attempt {key} was {entry.state} here before")
+                self._check_room(memory_bytes)
+            idle = self._receiver is None or not self._receiver.streaming
+            # Made beforehand, so that a host without memory refuses before anything has changed. It is all hole.
+            self._fresh = HostRam.create(memory_bytes)
+            try:
+                self._drive(told.OpenRequested(key, memory_bytes, idle))
+            finally:
+                if self._fresh is not None:
+                    self._fresh.close()
+                    self._fresh = None
             self._integrity = integrity
-            self._drive(told.OpenRequested(key, memory_bytes))
             assert self._receiver is not None, "an opened attempt has memory"
             return self._receiver.incarnation
 
@@ -99,7 +112,9 @@ class Intake:
             if self._machine.phase is DestPhase.RECEIVING:
                 self._prepare = request
             return self._drive(
-                told.PrepareRequested(key, request.incarnation, request.image_digest, request.chunks)
+                told.PrepareRequested(
+                    key, request.incarnation, request.image_digest, request.chunks, request.rehearsal
+                )
             )
 
     def commit(self, key: AttemptKey, digest: int) -> do.Reply:
@@ -117,7 +132,10 @@ class Intake:
     def forget(self, key: AttemptKey) -> None:
         """The source knows the outcome."""
         with self._lock:
-            if self._machine.allows(told.ForgetRequested):
+            if key != self._machine.key:
+                if self._recorded(key) is not None:
+                    self._host.journal.forget(key, "dest")
+            elif self._machine.allows(told.ForgetRequested):
                 self._drive(told.ForgetRequested(key))
 
     def stop(self) -> None:
@@ -126,22 +144,25 @@ class Intake:
             if self._machine.phase is DestPhase.RECEIVING:
                 self._drive(told.StreamBroken("the destination node is stopping"))
 
-    def recover(self) -> None:
-        """After a restart: what was received is gone with the process; what was committed must run."""
-        journal, guest = self._host.journal, self._host.guest
-        for entry in journal.unfinished("dest"):
-            # The agent may still hold the image, but nobody can verify it against the lost receiver: give up.
-            journal.move(entry.key, "dest", {entry.state}, "ABORTED", detail="the destination node restarted")
-            self._host.events.add("aborted", reason="the destination node restarted")
-        newest = journal.newest("dest")
+    def recover_journal(self) -> None:
+        """What was received is gone with the process, also where the agent still holds an image of it."""
+        for entry in self._host.journal.unfinished("dest"):
+            why = "the destination node restarted"
+            self._host.journal.move(entry.key, "dest", {entry.state}, "ABORTED", detail=why)
+            self._host.events.add("aborted", attempt=str(entry.key), reason=why)
+
+    def recover_guest(self) -> None:
+        """Run what was committed; have the agent drop an image that was not."""
+        newest, guest = self._host.journal.newest("dest"), self._host.guest
         hello = guest.hello()
-        if newest is None or hello.state != "restored":
+        if newest is None or newest.state != "COMMITTED":
+            if hello.state == "restored":
+                guest.link.discard()
             return
-        if newest.state == "COMMITTED":
-            guest.link.run(newest.key.next_epoch)
+        if hello.state == "restored" and hello.guest_epoch == newest.key.guest_epoch:
+            self._start(newest.key)
+        if hello.state in {"restored", "running"}:
             self._host.balloon.hints_done()
-        else:
-            guest.link.discard()
 
     # -- the machine ---------------------------------------------------------------------------
 
@@ -158,18 +179,21 @@ class Intake:
     def _carry_out(self, command: do.DestCommand) -> told.DestEvent | None:
         match command:
             case do.ReserveMemory(key, memory_bytes):
-                self._receiver = PageReceiver(HostRam.create(memory_bytes), key.attempt)
+                assert self._fresh is not None, "memory is reserved by open alone"
+                self._receiver, self._fresh = PageReceiver(self._fresh, key.attempt), None
                 self._host.events.add("memory_reserved", memory_bytes=memory_bytes, cpu_seconds=cpu_seconds())
             case do.RecordState():
                 return self._record(command)
             case do.VerifyImage(digest, chunks):
                 return self._answered(lambda: self._verify(digest, chunks), told.ImageVerified())
+            case do.KeepEvidence():
+                self._keep_hashes()
             case do.RestoreGuest(key):
                 return self._answered(lambda: self._restore(key), told.GuestRestored())
             case do.ConfirmGuest(key):
                 return self._answered(lambda: self._confirm(key), told.GuestConfirmed())
             case do.RunGuest(key):
-                self._run_guest(key)
+                return self._run_guest(key)
             case do.DiscardImage():
                 self._discard()
             case do.ForgetAttempt(key):
@@ -189,6 +213,10 @@ class Intake:
             action()
         except (HostError, RemoteProtocolError, OSError) as error:
             return told.ImageRefused(" ".join(str(error).split()))
+        except Exception as error:
+            # Whatever it was, the attempt has to end: a machine that waits for its answer would never move again.
+            log.exception("image_refused")
+            return told.ImageRefused(f"{type(error).__name__}: {' '.join(str(error).split())}")
         return success
 
     def _record(self, command: do.RecordState) -> told.StateRecorded:
@@ -225,7 +253,9 @@ class Intake:
             raise IntakeRefused(
                 f"host {self._host.name} holds guests of at most {limit} bytes, this one has {memory_bytes}"
             )
-        available = available_memory_bytes()
+        # What the attempt at hand holds is given back before the new one may store anything.
+        held = os.fstat(self._receiver.ram.fd).st_blocks * 512 if self._receiver is not None else 0
+        available = available_memory_bytes() + held
         if memory_bytes > available:
             raise IntakeRefused(
                 f"host {self._host.name} has {available} bytes of memory left, this guest needs {memory_bytes}"
@@ -278,44 +308,54 @@ class Intake:
         if hello.state != "restored" or hello.guest_epoch != key.guest_epoch:
             raise IntakeRefused(f"the guest agent holds no image of {key}: it is {hello.state}")
 
-    def _run_guest(self, key: AttemptKey) -> None:
-        started_ns = now_ns()
-        guest = self._host.guest
+    def _run_guest(self, key: AttemptKey) -> told.GuestStarted | told.GuestStartFailed:
         try:
-            at_ns = guest.link.run(key.next_epoch)
+            self._start(key)
         except (AgentError, AgentLost) as error:
-            # COMMITTED is durable: the guest is ours, and it died here. Nobody else may run it.
-            self._host.events.add("guest_lost", reason=str(error))
-            return
+            # COMMITTED is durable: the guest is ours, and nobody else may run it.
+            return told.GuestStartFailed(str(error), lost=self._host.guest.process_gone)
+        try:
+            self._take_over()
+        except (HostError, OSError) as error:
+            self._host.events.add("take_over_failed", reason=str(error))
+        return told.GuestStarted()
+
+    def _start(self, key: AttemptKey) -> None:
+        """Have the agent run the image, and tell the guest that it may have its hinted pages back."""
+        started_ns = now_ns()
+        at_ns = self._host.guest.link.run(key.next_epoch)
         self.resume_ns = now_ns() - started_ns
         self._host.events.add(
             "guest_running", at_ns=at_ns, guest_epoch=key.next_epoch, resume_ms=self.resume_ns / 1e6
         )
-        assert self._receiver is not None, "a running guest has memory"
-        self._receiver.ram.close()
-        guest.take_ram()
-        if self._host.balloon.status().hints_negotiated:
-            self._host.balloon.hints_done()
-            self._host.events.add("hints_done")
+        self._host.balloon.hints_done()
+        self._host.events.add("hints_done")
+
+    def _take_over(self) -> None:
+        """From here on this host is the guest's host: it has its RAM from the agent, as any host."""
+        if self._receiver is not None:
+            self._receiver.ram.close()
+        self._host.guest.take_ram()
+        self._keep_hashes()
+
+    def _keep_hashes(self) -> None:
+        """What was read back, for a judge; with integrity "stream" nothing was."""
         if self._found_hashes is not None:
             self._found_hashes.astype("<u8", copy=False).tofile(self._host.artefacts_dir / "dest_hashes")
             self._found_hashes = None
 
     def _discard(self) -> None:
-        receiver = self._receiver
-        if receiver is None:
-            return
-        if not receiver.join(JOIN_TIMEOUT_S):
-            raise IntakeRefused("a page writer does not end")
+        """Nothing of the attempt may stay; and nothing here may fail, or the attempt could never end."""
+        receiver, self._receiver = self._receiver, None
+        self._found_hashes = None
+        if receiver is not None and not receiver.abandon(JOIN_TIMEOUT_S):
+            self._host.events.add("page_writer_stuck", chunks=receiver.stored_chunks)
         if self._restored:
             self._restored = False
             try:
                 self._host.guest.link.discard()
             except (AgentError, AgentLost) as error:
                 self._host.events.add("discard_unheard", reason=str(error))
-        # Closing gives the memory back; a later attempt gets a fresh memfd, which is known zero.
-        receiver.ram.close()
-        self._receiver = None
 
 
 def available_memory_bytes() -> int:

@@ -20,6 +20,8 @@ from migration.errors import RemoteProtocolError
 from migration.pages import mask_runs, pfns_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from host.guest_memory import HostRam
     from migration.pages import U64Array
 
@@ -38,18 +40,32 @@ class PageReceiver:
         self._known_zero = np.ones(ram.pages, np.bool_)
         self._writing = threading.Lock()
         self._closed = False
+        self._abandoned = False
+        self._cut: Callable[[], object] = lambda: None
 
-    def begin_stream(self) -> None:
-        """Become the one writer; RemoteProtocolError when there is one, or when it is too late for any."""
+    @property
+    def streaming(self) -> bool:
+        """Whether a stream is open."""
+        return self._writing.locked()
+
+    def begin_stream(self, cut: Callable[[], object]) -> None:
+        """Become the one writer; `cut` ends its call from outside.
+
+        Raises:
+            RemoteProtocolError: there is a writer, or it is too late for any.
+        """
         if not self._writing.acquire(blocking=False):
             raise RemoteProtocolError("there is a page stream already")
         if self._closed:
             self._writing.release()
             raise RemoteProtocolError("this attempt takes no more pages")
+        self._cut = cut
 
     def end_stream(self) -> None:
         """The stream's handler has stored its last chunk."""
         self._writing.release()
+        if self._abandoned:
+            self.ram.close()
 
     def join(self, timeout_s: float) -> bool:
         """Take no more pages; wait for the writer to end. False when it does not in time."""
@@ -58,6 +74,20 @@ class PageReceiver:
             return False
         self._writing.release()
         return True
+
+    def abandon(self, timeout_s: float) -> bool:
+        """Cut the writer's call, join it and give the memory back; False when it does not end in time.
+
+        A writer that still ends later stores at most one chunk, into memory that nobody uses any more, and
+        gives it back itself.
+        """
+        self._closed = True
+        self._cut()
+        ended = self.join(timeout_s)
+        self._abandoned = True
+        if ended:
+            self.ram.close()
+        return ended
 
     def store(self, message: bytes) -> DecodedChunk:
         """Check one chunk and store it.

@@ -30,9 +30,17 @@ class DestRole:
         """Serve sources."""
         register(MigrationServicer(self._intake), server)
 
-    def recover(self) -> None:
-        """Take up what the last process of this host left."""
-        self._intake.recover()
+    def recover_journal(self) -> None:
+        """Close what was received by a process that is gone."""
+        self._intake.recover_journal()
+
+    def recover_guest(self) -> None:
+        """Run what was committed, drop what was not."""
+        self._intake.recover_guest()
+
+    def why_not_resume(self) -> str:
+        """A guest that was taken in runs, or was never promised: nothing of ours stands against it."""
+        return ""
 
     def artefact(self, name: str) -> Path | None:
         """Files that a completed migration left."""

@@ -99,7 +99,7 @@ class MigrationServicer:
         """Raw chunks in, cumulative acknowledgements out."""
         with answered(context):
             receiver = self._intake.receiver()
-            receiver.begin_stream()
+            receiver.begin_stream(context.cancel)
         reason = "the page stream was cut"
         try:
             yield from self._store(receiver, messages)

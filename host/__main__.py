@@ -36,6 +36,7 @@ CONTROL_THREADS = 16  # a Watch occupies one for as long as it lasts
 MIGRATION_THREADS = 8  # one page stream, its control calls, and those of an attempt that is being replaced
 MESSAGE_BYTES_MAX = 8 << 20  # a chunk is little over 1 MiB; expectations and artefacts come in pieces
 GRACE_S = 2.0
+KEEPALIVE_MS = 5_000  # as the source's channel has it
 
 log = structlog.get_logger()
 
@@ -77,9 +78,15 @@ def write_node_file(run_dir: Path, control: str, migration_address: str) -> None
     draft.replace(target)
 
 
-def message_limits() -> list[tuple[str, int]]:
-    """GRPC's own limit is 4 MiB."""
+def server_options() -> list[tuple[str, int]]:
+    """Larger messages than the default of 4 MiB; a peer that went without a word is noticed; ours may ping."""
     return [
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # A source pings a silent stream every KEEPALIVE_MS; the default answers the third with GOAWAY.
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+        ("grpc.http2.max_ping_strikes", 0),
         ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
         ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
         ("grpc.so_reuseport", 0),
@@ -121,7 +128,7 @@ def serve(options: argparse.Namespace, stop: threading.Event) -> None:
         context.artefacts_dir.mkdir(parents=True, exist_ok=True)
         roles = [load_role(name, context) for name in options.role]
         migration_server = grpc.server(
-            futures.ThreadPoolExecutor(MIGRATION_THREADS, "migration"), options=message_limits()
+            futures.ThreadPoolExecutor(MIGRATION_THREADS, "migration"), options=server_options()
         )
         for role in roles:
             role.register(migration_server)
@@ -129,7 +136,7 @@ def serve(options: argparse.Namespace, stop: threading.Event) -> None:
         migration_address = bind(migration_server, options.migration_address)
         service = NodeService(context, roles, migration_address, stop)
         control_server = grpc.server(
-            futures.ThreadPoolExecutor(CONTROL_THREADS, "control"), options=message_limits()
+            futures.ThreadPoolExecutor(CONTROL_THREADS, "control"), options=server_options()
         )
         control = bind(control_server, options.control)
         add_services(control_server, service)
@@ -139,9 +146,12 @@ def serve(options: argparse.Namespace, stop: threading.Event) -> None:
         events.add("node_started", roles=options.role, migration_address=migration_address)
         stack.callback(guest.stop)
 
+        for role in roles:
+            role.recover_journal()
+
         def recover() -> None:
             for role in roles:
-                role.recover()
+                role.recover_guest()
 
         guest.start(on_attached=recover)
         migration_server.start()

@@ -20,7 +20,7 @@ import struct
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,6 +71,7 @@ class Hello:
     pid: int
     ready: bool
     cpu_seconds: float = 0.0  # of the agent process; not every agent tells
+    balloon: dict[str, Any] = field(default_factory=dict)  # the driver's account, likewise
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 Rule 1: events are facts with a monotonic instant; units are in the keys; values are plain JSON.
 Rule 2: a watcher gets everything since the start of the process, then what follows, until `close`.
-Rule 3: the log is bounded. Progress lines are the only frequent ones, and they are limited at their source.
+Rule 3: the log is bounded: progress lines, the only frequent ones, end at a limit. It never fails its writer.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import structlog
 from host.clock import now_ns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-EVENTS_MAX = 100_000  # hours of progress at ten lines a second; beyond it something loops
+PROGRESS_EVENTS_MAX = 100_000  # some hours at ten a second; after that progress is left out, and nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,9 @@ class EventLog:
         """Append one fact, stamped now; it goes to the process log as well."""
         fact = NodeFact(now_ns(), name, json.dumps(fields, separators=(",", ":")))
         with self._changed:
-            if len(self._facts) >= EVENTS_MAX:
-                raise OverflowError(f"more than {EVENTS_MAX} events on one node; last was {name}")
-            self._facts.append(fact)
-            self._changed.notify_all()
+            if name != "progress" or len(self._facts) < PROGRESS_EVENTS_MAX:
+                self._facts.append(fact)
+                self._changed.notify_all()
         if name != "progress":
             self._log.info(name, **fields)
         return fact
@@ -58,12 +57,17 @@ class EventLog:
             self._closed = True
             self._changed.notify_all()
 
-    def watch(self) -> Iterator[NodeFact]:
-        """Every fact from the first on; blocks for the next one, ends at `close`."""
+    def wake(self) -> None:
+        """Have every watch look whether it is still wanted."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def watch(self, wanted: Callable[[], bool] = lambda: True) -> Iterator[NodeFact]:
+        """Every fact from the first on; blocks for the next one; ends at `close`, or when not wanted any more."""
         position = 0
         while True:
             with self._changed:
-                while len(self._facts) == position and not self._closed:
+                while len(self._facts) == position and not self._closed and wanted():
                     self._changed.wait()
                 if len(self._facts) == position:
                     return

@@ -9,7 +9,9 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from host.errors import AgentError, AgentLost
+import psutil
+
+from host.errors import AgentLost, HostError
 from host.guest_memory import HostRam
 from host.pagemap import WriteScanner
 
@@ -37,6 +39,7 @@ class LocalGuest:
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._attach, name="attach-guest", daemon=True)
         self._on_attached: Callable[[], None] = lambda: None
+        self._pid = 0
         self._lost_listener: Callable[[str], None] | None = None
         link.on_notify = self._notified
         link.on_lost = self._lost
@@ -67,14 +70,28 @@ class LocalGuest:
         """The agent's own account of the guest. Raises AgentLost."""
         return self.link.hello()
 
-    def alive(self) -> bool:
-        """Whether the agent answers, if need be over a new connection. Not for the link's own thread."""
+    def found_again(self) -> bool:
+        """Connect anew to an agent whose connection broke; False when its process is gone.
+
+        Silence proves nothing: an agent that is slow or stopped may go on. Not for the link's own thread.
+        """
+        while not self.process_gone:
+            try:
+                self.link.connect(timeout=ATTACH_POLL_S)
+            except AgentLost:
+                if self._stopping.is_set():
+                    return False
+                continue
+            return True
+        return False
+
+    @property
+    def process_gone(self) -> bool:
+        """Whether the agent's process has ended (a zombie has)."""
         try:
-            self.link.connect(timeout=0.0)
-            self.link.hello()
-        except AgentLost:
-            return False
-        return True
+            return psutil.Process(self._pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
 
     def listen_for_loss(self, listener: Callable[[str], None] | None) -> None:
         """Have one listener told, on the link's thread, when the agent's connection breaks."""
@@ -127,14 +144,15 @@ class LocalGuest:
                 hello = self.link.hello()
             except AgentLost:
                 continue
-            self._attached.set()
+            self._pid = hello.pid
             try:
                 if hello.state != "standby":
                     self.take_ram()
                 self._on_attached()
-            except (AgentError, AgentLost) as error:
+            except (HostError, OSError) as error:
                 self._events.add("guest_unusable", reason=str(error))
                 return
+            self._attached.set()
             self._events.add("guest_attached", pages=hello.pages, state=hello.state, pid=hello.pid)
             if hello.ready:
                 self._announce_ready()

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,8 @@ class NodeService(node_pb2_grpc.NodeServicer):
         self, request: node_pb2.WatchRequest, context: grpc.ServicerContext
     ) -> Iterator[node_pb2.NodeEvent]:
         """Everything that happened here, then what happens."""
-        for fact in self._host.events.watch():
+        context.add_callback(self._host.events.wake)  # a watcher that went away must not occupy a thread
+        for fact in self._host.events.watch(context.is_active):
             yield node_pb2.NodeEvent(at_ns=fact.at_ns, name=fact.name, fields_json=fact.fields_json)
 
     # -- the guest -----------------------------------------------------------------------------
@@ -94,6 +96,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
             actual=device.actual,
             workloads_json=json.dumps(hello.workloads),
             agent_pid=hello.pid,
+            balloon_json=json.dumps({**asdict(device), "driver": hello.balloon}),
         )
 
     def PauseGuest(  # noqa: N802
@@ -107,7 +110,10 @@ class NodeService(node_pb2_grpc.NodeServicer):
     def ResumeGuest(  # noqa: N802
         self, request: node_pb2.ResumeGuestRequest, context: grpc.ServicerContext
     ) -> node_pb2.ResumeGuestReply:
-        """At the epoch that the guest has."""
+        """At the epoch that the guest has; refused while a migration decides about it."""
+        for role in self._roles:
+            if reason := role.why_not_resume():
+                context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
         with told(context):
             self._host.guest.link.resume(self._host.guest.hello().guest_epoch)
         return node_pb2.ResumeGuestReply()

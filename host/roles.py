@@ -35,8 +35,17 @@ class Role(Protocol):
     def register(self, server: grpc.Server) -> None:
         """Add the role's services to the migration server."""
 
-    def recover(self) -> None:
-        """Take up what the journal says was unfinished when this host's process last ended."""
+    def recover_journal(self) -> None:
+        """Close what the journal says was unfinished and cannot go on without the process that ended.
+
+        Runs before anything is served: nobody may be answered from a state that is about to change.
+        """
+
+    def recover_guest(self) -> None:
+        """Bring the guest, now that its agent was found, to where the journal says it must be."""
+
+    def why_not_resume(self) -> str:
+        """Why nobody may let the paused guest run by hand now; "" when this role has no objection."""
 
     def artefact(self, name: str) -> Path | None:
         """The file of a recorded artefact, or None when this role has no such thing."""

@@ -2,7 +2,8 @@
 
 Rule 1: total and downtime are what the guest's user would have had: the time that `integrity = "full"` takes
         to hash the destination's RAM while the guest stands still is told apart, as verify_ms.
-Rule 2: downtime is pause ordered -> the destination's COMMITTED answered, on the source's clock alone.
+Rule 2: downtime is pause ordered -> the destination's COMMITTED answered, on the source's clock alone. Of a
+        rehearsal it is pause ordered -> the guest runs on, without the time in which either host hashed its RAM.
 """
 
 from __future__ import annotations
@@ -37,14 +38,22 @@ class Stopwatch:
         self.decided_ns = instant_ns
         self.end("commit", instant_ns)
         self.parts_ns |= {"verify": verify_ns, "resume": resume_ns}
+        for part, inside_ns in (("prepare", verify_ns), ("commit", resume_ns)):
+            self.parts_ns[part] = max(self.parts_ns.get(part, 0) - inside_ns, 0)
+
+    def rehearsed(self, resume_ns: int, instant_ns: int, *, verify_ns: int, evidence_ns: int) -> None:
+        """The guest runs on, resumed at `resume_ns`: `verify_ns` of hashing there, `evidence_ns` of it here."""
+        self.decided_ns = instant_ns
+        self.parts_ns |= {"verify": verify_ns + evidence_ns, "resume": instant_ns - resume_ns}
         self.parts_ns["prepare"] -= verify_ns
-        self.parts_ns["commit"] -= resume_ns
 
     def times(self) -> dict[str, object]:
         """total_ms, setup_ms, downtime_ms, verify_ms and the parts of the downtime."""
         verify_ns = self.parts_ns.get("verify", 0)
         end_ns = self.decided_ns or self.ended_ns
-        downtime_ns = self.decided_ns - self.pause_ordered_ns - verify_ns if self.decided_ns else 0
+        # An attempt taken up after a restart was paused by a process that is gone: its downtime is not known here.
+        measured = self.decided_ns and self.pause_ordered_ns
+        downtime_ns = self.decided_ns - self.pause_ordered_ns - verify_ns if measured else 0
         return {
             "total_ms": _ms(end_ns - self.requested_ns - verify_ns),
             "setup_ms": _ms(self.first_round_ns - self.requested_ns) if self.first_round_ns else 0.0,

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 NEVER_SENT, DATA_SENT, ZERO_SENT = 0, 1, 2  # values of the artefact "sent", one byte per page
 
 
-def write_artefacts(host: HostContext, ram: HostRam, sent_hashes: U64Array, integrity: str) -> list[str]:
-    """Writes frames, sent, and with integrity full source_hashes; returns their names."""
-    sent = np.where(sent_hashes == ZERO_PAGE_HASH, ZERO_SENT, DATA_SENT)
-    sent[sent_hashes == 0] = NEVER_SENT
-    arrays = {"frames": host.guest.link.frames(), "sent": sent.astype(np.uint8)}
+def write_artefacts(
+    host: HostContext, ram: HostRam, sent_hashes: U64Array | None, integrity: str
+) -> list[str]:
+    """Writes frames, sent (where it is known), and with integrity full source_hashes; returns their names."""
+    arrays = {"frames": host.guest.link.frames()}
+    if sent_hashes is not None:
+        sent = np.where(sent_hashes == ZERO_PAGE_HASH, ZERO_SENT, DATA_SENT)
+        sent[sent_hashes == 0] = NEVER_SENT
+        arrays["sent"] = sent.astype(np.uint8)
     if integrity == "full":
         arrays["source_hashes"] = ram.hash_pages().astype("<u8", copy=False)
     for name, array in arrays.items():

@@ -34,6 +34,7 @@ COMMIT_TIMEOUT_S = 10.0  # then it is asked again
 FAREWELL_TIMEOUT_S = 5.0  # Abort and Forget: best effort
 KEEPALIVE_MS = 5_000  # a destination that is gone without a word is noticed within twice this
 MESSAGE_BYTES_MAX = 8 << 20
+REASON_CHARACTERS_MAX = 300  # a peer's reason becomes ours: one line that a person reads
 
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -41,6 +42,9 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
     ("grpc.http2.max_pings_without_data", 0),  # unlimited: the stream may be silent while the guest hints
+    ("grpc.initial_reconnect_backoff_ms", 200),  # the guest may stand still until we are through
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.enable_retries", 0),  # a retried call would be a second message; the machine decides
     ("grpc.use_local_subchannel_pool", 1),  # our own connection, so that its bytes can be told apart
 ]
@@ -109,11 +113,11 @@ class Destination:
 
     def _prepared(self, reply: migration_pb2.PrepareReply) -> SourceEvent:
         self.verify_ns = reply.verify_ns
-        return PrepareAnswered(_answer(reply.decision), reply.reason)
+        return PrepareAnswered(_answer(reply.decision), _words(reply.reason))
 
     def _committed(self, reply: migration_pb2.CommitReply) -> SourceEvent:
         self.resume_ns = reply.resume_ns
-        return CommitAnswered(_answer(reply.decision), reply.reason)
+        return CommitAnswered(_answer(reply.decision), _words(reply.reason))
 
     def _call(self, method, request, timeout_s, event_of) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
         self.control_bytes += request.ByteSize() + 5
@@ -139,3 +143,7 @@ class Destination:
 def _answer(decision: int) -> Answer:
     # The two enums have the same numbers on purpose; a number that we do not know is no answer.
     return Answer(decision) if decision in {answer.value for answer in Answer} else Answer.UNKNOWN
+
+
+def _words(reason: str) -> str:
+    return " ".join(reason.split())[:REASON_CHARACTERS_MAX]

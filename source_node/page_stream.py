@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import grpc
 
 from host.clock import now_ns
+from migration.errors import RemoteProtocolError
 from migration.events import PagesSent
 from migration.pages import PAGE_BYTES
 from migration.pb import migration_pb2
@@ -113,7 +114,8 @@ class PageStream:
             except Exception as error:
                 # gRPC would only log it: the migration has to hear of it, and of the call's end no more.
                 self._closing = True
-                self._listener.stream_lost(f"pages cannot be read: {type(error).__name__}: {error}")
+                blamed = "page stream" if isinstance(error, RemoteProtocolError) else "pages cannot be read"
+                self._listener.stream_lost(f"{blamed}: {type(error).__name__}: {error}")
                 raise
 
     def _messages(self, batch: Iterable[OutgoingChunk]) -> Iterator[bytes]:
@@ -166,15 +168,22 @@ class PageStream:
                 ack = next(self._call, None)
                 if ack is None:
                     return False
+                if not self._stored_below <= ack.stored_below <= self.sent_chunks:
+                    raise RemoteProtocolError(
+                        "an acknowledgement that cannot be", stored=ack.stored_below, sent=self.sent_chunks
+                    )
                 self._stored_below = ack.stored_below
-        except grpc.RpcError:  # told by _call_ended
+        except grpc.RpcError:
+            # gRPC calls back when the connection has ended the call, too: an answer that is no message ends it here
+            # alone, and would be noticed when keepalive gives the connection up.
+            self._call_ended()
             return False
         return not self._over
 
     def _call_ended(self) -> None:
-        """Called by gRPC, once."""
+        """The call has a status. Told by gRPC, and by whoever finds out earlier."""
         with self._changed:
-            expected, self._ended = self._closing, True
+            expected, self._ended = self._closing or self._ended, True
             self._changed.notify_all()
         if expected:
             return

@@ -11,7 +11,9 @@ from host.trackers import choose
 from migration.events import Skip
 from migration.identity import AttemptKey
 from migration.rounds import Limits
-from source_node.migration_run import MigrationRun, Order
+from source_node.destination import Destination
+from source_node.migration_run import MigrationRun
+from source_node.order import Order
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +28,7 @@ STOP_TIMEOUT_S = (
 )
 ARTEFACTS = ("source_hashes", "frames", "sent")
 INTEGRITY = ("full", "stream")
+PORTABLE_KIND = "ballast"  # of a guest whose RAM and vCPU state are all there is of it
 
 
 class SourceRole:
@@ -37,25 +40,66 @@ class SourceRole:
         self._host = host
         self._lock = threading.Lock()
         self._run: MigrationRun | None = None
+        self._burned: list[
+            tuple[AttemptKey, str]
+        ] = []  # aborted by a restart; their destinations do not know yet
 
     def register(self, server: grpc.Server) -> None:
         """A source serves nothing to its peer: it only calls."""
 
-    def recover(self) -> None:
-        """An attempt that never reached COMMITTING is over: burn it, then let the guest run on."""
+    def recover_journal(self) -> None:
+        """An attempt that never reached COMMITTING is over: burn it before anybody is answered."""
         for entry in self._host.journal.unfinished("source"):
-            if entry.state == "COMMITTING":
-                # Only the destination may decide (migration/source_machine.py, rule 5).
-                self._host.events.add("attempt_undecided", attempt=str(entry.key), detail=entry.detail)
-                continue
-            self._host.journal.move(
-                entry.key, "source", {entry.state}, "ABORTED", detail="the source node restarted"
-            )
-            self._host.guest.link.resume(entry.key.guest_epoch)
-            self._host.balloon.hints_done()
-            self._host.events.add(
-                "attempt_aborted", attempt=str(entry.key), reason="the source node restarted"
-            )
+            if entry.state != "COMMITTING":
+                why = "the source node restarted"
+                self._host.journal.move(entry.key, "source", {entry.state}, "ABORTED", detail=why)
+                self._burned.append((entry.key, entry.detail))
+                self._host.events.add("attempt_aborted", attempt=str(entry.key), reason=why)
+
+    def recover_guest(self) -> None:
+        """Ask for the outcome of an attempt that was COMMITTING; let the guest of an aborted one run on."""
+        entry, guest = self._host.journal.newest("source"), self._host.guest
+        if entry is not None and entry.state == "COMMITTING" and entry.digest is not None:
+            self._take_up(entry.key, entry.detail, entry.digest)
+        elif entry is not None and entry.state == "ABORTED":
+            hello = guest.hello()
+            if hello.guest_epoch == entry.key.guest_epoch:
+                if hello.state == "paused":
+                    guest.link.resume(hello.guest_epoch)
+                    self._host.events.add("guest_resumed", attempt=str(entry.key))
+                self._host.balloon.hints_done()
+        for key, address in self._burned:
+            peer = Destination(address, key, lambda _: None)
+            if problem := peer.abort("the source node restarted"):
+                self._host.events.add("abort_unheard", reason=problem)
+            peer.close()
+        self._burned.clear()
+
+    def why_not_resume(self) -> str:
+        """The guest's fate is a migration's while one is under way, and the destination's after COMMITTING."""
+        with self._lock:
+            if self._run is not None and not self._run.ended:
+                return f"migration {self._run.order.key} is under way"
+        entry = self._host.journal.newest("source")
+        if entry is None or entry.state not in {"COMMITTING", "COMPLETED"}:
+            return ""
+        given_away = self._host.guest.hello().guest_epoch == entry.key.guest_epoch
+        return f"the guest was given away by {entry.key}" if given_away else ""
+
+    def _take_up(self, key: AttemptKey, address: str, image_digest: int) -> None:
+        order = Order(
+            key=key,
+            dest_address=address,
+            skip=Skip.NONE,
+            tracker="",
+            tracker_reason="taken up after a restart",
+            integrity="stream",
+            hint_wait_ms=0,
+            limits=Limits(),
+        )
+        with self._lock:
+            self._run = MigrationRun(self._host, order)
+            self._run.take_up(image_digest)
 
     def start_migration(self, request: node_pb2.MigrateRequest) -> None:
         """Check everything that can be checked beforehand, then begin.
@@ -102,7 +146,17 @@ class SourceRole:
         skip = Skip(request.skip)
         if request.integrity not in INTEGRITY:
             raise ValueError(f"integrity {request.integrity!r} is none of {', '.join(INTEGRITY)}")
-        tracker, why = choose(request.tracker, guest.write_protect_reason, hints=skip.uses_hints)
+        if hello.kind != PORTABLE_KIND and not request.rehearsal:
+            raise RoleRefused(
+                f"a guest of kind {hello.kind} cannot run elsewhere: only a rehearsal is possible"
+            )
+        tracker, why = choose(
+            request.tracker, guest.write_protect_reason, hints=skip.uses_hints, rehearsal=request.rehearsal
+        )
+        if request.unsafe_clear_dirty_log_at_hint and tracker != "uffd":
+            raise ValueError(f"tracker {tracker} has no dirty log that could be cleared at a hint")
+        if request.unsafe_clear_dirty_log_at_hint and not skip.uses_hints:
+            raise ValueError(f"unsafe_clear_dirty_log_at_hint means nothing with skip {skip.value!r}")
         if skip.uses_hints and (refusal := self._host.balloon.status().hints_refusal):
             raise RoleRefused(refusal)
         return Order(
@@ -111,8 +165,10 @@ class SourceRole:
             skip=skip,
             tracker=tracker,
             tracker_reason=why,
+            rehearsal=request.rehearsal,
             integrity=request.integrity,
             hint_wait_ms=request.hint_wait_ms,
+            unsafe_clear_dirty_log_at_hint=request.unsafe_clear_dirty_log_at_hint,
             limits=Limits(
                 rounds_max=request.rounds_max,
                 downtime_limit_ms=request.downtime_limit_ms,
