@@ -75,14 +75,14 @@ class BalloonServer:
         self.socket_path = os.fspath(socket_path)
         self._device = BalloonDevice(PAGES_UNKNOWN, features_offered=features_offered)
         self._queues = BalloonQueues(self._device, log, sink)
-        self._loop = CallLoop("balloon-device")
-        self._listener: socket.socket | None = None
-        self._connection: VhostConnection | None = None
         self._done_owed = False
-        self._connection_errors: Counter[str] = Counter()
         self._store = None if state_path is None else DeviceStore(state_path)
         if self._store is not None:
             self._take_up(self._store)
+        self._loop = CallLoop("balloon-device")
+        self._listener: socket.socket | None = None
+        self._connection: VhostConnection | None = None
+        self._connection_errors: Counter[str] = Counter()
 
     # --- life -------------------------------------------------------------------------------------
 
@@ -249,8 +249,13 @@ class BalloonServer:
             raise DeviceNotReady("no guest has connected its balloon")
         if not 0 <= num_pages <= self._device.pages:
             raise ValueError(f"a balloon of {num_pages} pages in a guest of {self._device.pages}")
+        before = self._device.config.num_pages
         self._device.set_num_pages(num_pages)
-        self._keep()
+        try:
+            self._keep()
+        except DeviceNotReady:
+            self._device.config.num_pages = before
+            raise
         self._announce()
 
     def _status(self) -> DeviceStatus:

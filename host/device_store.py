@@ -71,7 +71,7 @@ class DeviceStore:
     def _parsed(self, data: bytes) -> KeptState:
         try:
             found = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DeviceStateUnreadable(self.path, f"no JSON: {error}") from error
         if not isinstance(found, dict) or found.pop("version", None) != VERSION:
             raise DeviceStateUnreadable(self.path, f"not version {VERSION}")

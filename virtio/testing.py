@@ -21,6 +21,7 @@ from virtio.balloon import (
     QUEUE_DEFLATE,
     QUEUE_HINT,
     QUEUE_INFLATE,
+    QUEUE_STATS,
 )
 from virtio.balloon_device import BalloonDevice, reader
 from virtio.errors import LocalProtocolError
@@ -83,6 +84,22 @@ class MockDriver:
     def deflate(self, pfns: Sequence[int] | U32Array) -> bool:
         """Take pages back (at most 256); returns whether to kick."""
         return self._pfn_array(QUEUE_DEFLATE, pfns)
+
+    def give(self, queue: int, buffers: Sequence[tuple[int, int]]) -> bool:
+        """Offer device-writable buffers (guest address, bytes), one chain each; returns whether to kick.
+
+        Pages of the inflate and deflate queues with F_SG, and of the reporting queue. Raises RingFull.
+        """
+        ring = self.rings[queue]
+        for buffer in buffers:
+            ring.add([], [buffer], None)
+        return ring.publish()
+
+    def stats(self, data: bytes) -> bool:
+        """Send a statistics buffer (`virtio.balloon_stats.encode_stats`); returns whether to kick."""
+        ring = self.rings[QUEUE_STATS]
+        ring.add([self.write_buffer(data)], [], None)
+        return ring.publish()
 
     def command(self, command_id: int) -> bool:
         """Send a command id on the hint queue; returns whether to kick."""
