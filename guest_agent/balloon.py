@@ -170,6 +170,8 @@ class Balloon:
             "options": self._options.to_dict(),
             "features": self._driver.features,
             "reported_pages": self._queues.reported_pages,
+            "allocate_ms": self._pages.allocate_ns / 1e6,
+            "send_ms": self._pages.send_ns / 1e6,
             "hint_blocks_skipped": self._report.skipped_blocks,
         }
 
