@@ -4,7 +4,8 @@ Rule 1: signals will not do: SIGSTOP kills User-Mode Linux or leaves its program
 Rule 2: a freezer is usable when it froze a process of ours; that is tried, never read off a version.
 Rule 3: a group holds the processes of one guest and is removed with them.
 
-Both kinds serve: "freezer" of version 1 (freezer.state) and `cgroup.freeze` of version 2.
+Both kinds serve: `cgroup.freeze` of version 2 first, because a process that it froze can still be killed, then
+the controller "freezer" of version 1 (freezer.state), whose frozen processes hold out until they are thawed.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ class FreezerGroup:
         """Let them go on. Idempotent."""
         self._write(self._kind.thaw)
 
+    def members(self) -> set[int]:
+        """Processes in it."""
+        return {int(line) for line in (self.path / "cgroup.procs").read_text(encoding="ascii").split()}
+
     def remove(self) -> None:
         """Remove the group; its processes must have ended. Raises OSError when they have not."""
         deadline = time.monotonic() + FREEZE_S
@@ -98,7 +103,7 @@ class FreezerGroup:
 def make_group(name: str) -> FreezerGroup:
     """A group that can freeze. Raises FreezerUnavailableError with what was tried."""
     tried = []
-    for place, kind in _places():
+    for place, kind in sorted(_places(), key=lambda found: found[1] is not VERSION_2):
         try:
             group = FreezerGroup(place / name, kind)
         except OSError as error:

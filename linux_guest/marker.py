@@ -1,7 +1,8 @@
 """A process in the guest that owns pages at known frame numbers, with content that is known outside.
 
 Rule 1: every page's content is its own: a page that was lost, or that came to stand elsewhere, is seen.
-Rule 2: frame numbers come from the guest kernel (/proc/PID/pagemap), content is read from outside.
+Rule 2: frame numbers come from the guest's kernel (/proc/PID/pagemap) while it runs, and from the content alone
+        while it is frozen; content is read from outside.
 """
 
 from __future__ import annotations
@@ -20,71 +21,90 @@ if TYPE_CHECKING:
     from linux_guest.uml import LinuxGuest
 
 PAGE_BYTES: Final = 4096
-DIGITS: Final = 15  # of a number in the content, with its line break 16 bytes
+# The content is lines of one page's length: a number, padded with zeros on its left.
+DIGITS: Final = 15
 FIRST_NUMBER: Final = 10 ** (DIGITS - 1)
+NUMBER_AT: Final = PAGE_BYTES - 1 - DIGITS
 PAGEMAP_PRESENT: Final = 63
 PFN_MASK: Final = (1 << 55) - 1  # Documentation/admin-guide/mm/pagemap.rst
-LOOKS_MAX: Final = 300
+LOOKS_MAX: Final = 1000
+SCAN_PAGES: Final = 4096
 
 
 class Marker:
-    """Started by `start`; its pages are in `pfns`, page i holding `content(i)`."""
+    """`start` it; page i of the process is at frame `pfns[i]` and holds `content(i)`.
 
-    def __init__(self, guest: LinuxGuest, ram: RamFile, pages: int, name: str = "marker") -> None:
+    Args:
+        pages: how many pages it owns at least, from its second on: in the first stand the allocator's own words.
+        number: of the first line; markers of one guest must not share numbers.
+    """
+
+    def __init__(
+        self, guest: LinuxGuest, ram: RamFile, pages: int, name: str = "marker", number: int = FIRST_NUMBER
+    ) -> None:
+        self.name = name
+        self.pfns: NDArray[np.uint64] = np.empty(0, np.uint64)
         self._guest = guest
         self._ram = ram
         self._pages = pages
+        self._first = number
         self._fifo = f"/tmp/{name}.fifo"  # noqa: S108 - in the guest
         self._pid = 0
-        self._shift = 0  # of the content inside the mapping, in bytes
-        self.pfns: NDArray[np.uint64] = np.empty(0, np.uint64)
+        self._shift = 0  # of the first page inside the lines, in bytes
 
     def start(self) -> None:
         """Have the pages allocated and written. Raises GuestSilentError."""
-        lines = (self._pages + 1) * PAGE_BYTES // (DIGITS + 1)
-        last = FIRST_NUMBER + lines - 1
-        size = 2 * lines * (DIGITS + 1)  # never full, so that it waits for more
-        command = f"dd bs={size} iflag=fullblock of=/dev/null 2>/dev/null"
-        self._guest.sh(f"mkfifo {self._fifo}")
-        source = f"(seq {FIRST_NUMBER} {last}; cat {self._fifo})"
-        self._pid = int(self._guest.sh(f"{source} | {command} & echo $!"))
+        size = 2 * (self._pages + 2) * PAGE_BYTES  # never full, so that it waits for more
+        last = self._first + self._pages + 1
+        source = f"(printf '%0{PAGE_BYTES - 1}d\\n' $(seq {self._first} {last}); cat {self._fifo})"
+        holder = f"dd bs={size} iflag=fullblock of=/dev/null 2>/dev/null"
+        self._pid = int(self._guest.sh(f"mkfifo {self._fifo}; {source} | {holder} & echo $!"))
         for _ in range(LOOKS_MAX):
             if self._look(size):
                 return
-        raise GuestSilentError("the marker's pages were not written in time")
+        raise GuestSilentError(f"the pages of {self.name} were not written in time")
 
     def content(self, index: int) -> bytes:
         """What page `index` of `pfns` must hold."""
         first = index * PAGE_BYTES + self._shift
-        numbers = range(first // (DIGITS + 1), (first + PAGE_BYTES) // (DIGITS + 1) + 1)
-        text = "".join(f"{FIRST_NUMBER + number}\n" for number in numbers).encode()
-        skip = first % (DIGITS + 1)
-        return text[skip : skip + PAGE_BYTES]
+        line = first // PAGE_BYTES
+        text = b"".join(b"%0*d\n" % (PAGE_BYTES - 1, self._first + line + more) for more in range(2))
+        return text[first % PAGE_BYTES :][:PAGE_BYTES]
 
     def problems(self) -> list[int]:
         """Frame numbers whose content is not the marker's."""
-        return [
-            pfn
-            for index, pfn in enumerate(self.pfns.tolist())
-            if self._ram.read(pfn * PAGE_BYTES, PAGE_BYTES) != self.content(index)
-        ]
+        return [int(self.pfns[index]) for index in range(len(self.pfns)) if self._is_wrong(index)]
 
-    def frames_now(self) -> NDArray[np.uint64]:
-        """Where its pages are now, as the guest's kernel says."""
-        start, _ = self._mapping(self._pages * PAGE_BYTES)
-        return self._frames(start)
+    def find_again(self) -> list[int]:
+        """Look for pages that the guest's kernel has moved, in all of RAM; indices of those that are nowhere."""
+        wrong = [index for index in range(len(self.pfns)) if self._is_wrong(index)]
+        if not wrong:
+            return []
+        at = (NUMBER_AT - self._shift) % PAGE_BYTES  # where in each page its number stands
+        wanted = {self.content(index)[at : at + DIGITS]: index for index in wrong}
+        for first in range(0, self._ram.size // PAGE_BYTES, SCAN_PAGES):
+            size = min(SCAN_PAGES * PAGE_BYTES, self._ram.size - first * PAGE_BYTES)
+            pages = np.frombuffer(self._ram.read(first * PAGE_BYTES, size), np.uint8).reshape(-1, PAGE_BYTES)
+            numbers = np.ascontiguousarray(pages[:, at : at + DIGITS]).view(f"S{DIGITS}")[:, 0]
+            for offset in np.flatnonzero(np.isin(numbers, list(wanted))).tolist():
+                index = wanted[bytes(numbers[offset])]
+                if pages[offset].tobytes() == self.content(index):
+                    self.pfns[index] = first + offset
+        return [index for index in wrong if self._is_wrong(index)]
 
     def end(self) -> None:
         """End the process; its pages are free then. Raises GuestSilentError."""
-        self._guest.sh(
-            f"kill {self._pid}; while kill -0 {self._pid} 2>/dev/null; do usleep 1000; done; rm {self._fifo}"
-        )
+        gone = f"while kill -0 {self._pid} 2>/dev/null; do usleep 1000; done"
+        self._guest.sh(f"kill {self._pid}; {gone}; rm {self._fifo}")
 
     # --- parts ------------------------------------------------------------------------------------
 
+    def _is_wrong(self, index: int) -> bool:
+        return self._ram.read(int(self.pfns[index]) * PAGE_BYTES, PAGE_BYTES) != self.content(index)
+
     def _look(self, size: int) -> bool:
-        start, end = self._mapping(size)
-        if end - start < size:
+        start = self._mapping(size)
+        if not start:
             return False
         self.pfns = self._frames(start)
         if len(self.pfns) < self._pages:
@@ -93,24 +113,21 @@ class Marker:
         found = re.search(rb"(\d{%d})\n" % DIGITS, page)
         if found is None:
             return False
-        self._shift = (int(found[1]) - FIRST_NUMBER) * (DIGITS + 1) - found.start()
+        line = int(found[1]) - self._first
+        self._shift = line * PAGE_BYTES + NUMBER_AT - found.start()
         return not self.problems()
 
-    def _mapping(self, size: int) -> tuple[int, int]:
+    def _mapping(self, size: int) -> int:
         maps = self._guest.sh(f"cat /proc/{self._pid}/maps")
-        places = [
-            (int(start, 16), int(end, 16))
-            for start, end in re.findall(r"^(\w+)-(\w+) rw", maps, re.MULTILINE)
-        ]
-        return next(((start, end) for start, end in places if end - start >= size), (0, 0))
+        for start, end in re.findall(r"^(\w+)-(\w+) rw", maps, re.MULTILINE):
+            if int(end, 16) - int(start, 16) >= size:
+                return int(start, 16)
+        return 0
 
     def _frames(self, start: int) -> NDArray[np.uint64]:
-        """Frames of whole pages of content: not the first page, in which the allocator's own words stand."""
-        entries = np.frombuffer(
-            self._guest.read_file(
-                f"/proc/{self._pid}/pagemap", offset=(start // PAGE_BYTES + 1) * 8, size=self._pages * 8
-            ),
-            "<u8",
+        data = self._guest.read_file(
+            f"/proc/{self._pid}/pagemap", offset=(start // PAGE_BYTES + 1) * 8, size=self._pages * 8
         )
+        entries = np.frombuffer(data, "<u8")
         frames: NDArray[np.uint64] = (entries & PFN_MASK)[entries >> PAGEMAP_PRESENT & 1 == 1]
         return frames

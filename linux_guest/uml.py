@@ -2,7 +2,8 @@
 
 Rule 1: everything of a guest is in one private directory, apart from its RAM, which is an unlinked file that
         only its processes hold.
-Rule 2: it leads a session of its own; its end is the end of every process of that session, and is waited for.
+Rule 2: it outlives whoever started it and its own kernel, whose programs then run on untraced. So its processes
+        are kept track of, by a session or a control group of their own, and its end is the end of them all.
 Rule 3: every wait has a deadline, and what the guest said last is in the error.
 """
 
@@ -30,6 +31,8 @@ from linux_guest.packages import find
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
+
+    from linux_guest.freezer import FreezerGroup
 
 BALLOON_DEVICE: Final = 5  # virtio device number
 BOOT_S: Final = 60.0  # 1.3 s on an idle machine
@@ -78,7 +81,7 @@ class LinuxGuest:
         memory_bytes: RAM.
         vhost_socket: of the balloon device, which must listen already; without, there is no balloon.
         parameters: further words of the kernel's command line.
-        cgroup: control group that all of its processes join.
+        group: control group that all of its processes join; without one they are a session of their own.
         on_beat: called with every number of the guest's clock, on a thread of its own.
 
     Raises:
@@ -92,7 +95,7 @@ class LinuxGuest:
         memory_bytes: int,
         vhost_socket: Path | None = None,
         parameters: Sequence[str] = (),
-        cgroup: Path | None = None,
+        group: FreezerGroup | None = None,
         on_beat: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._programs = find()
@@ -101,7 +104,7 @@ class LinuxGuest:
         self._directory = directory
         self._vhost_socket = vhost_socket
         self._parameters = parameters
-        self._cgroup = cgroup
+        self._group = group
         self._on_beat = on_beat
         self._process: subprocess.Popen[bytes] | None = None
         self._lines: _Lines
@@ -137,7 +140,7 @@ class LinuxGuest:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start the kernel. Raises OSError."""
+        """Start the kernel, which is killed when the thread that calls this ends. Raises OSError."""
         (self._directory / "initrd").write_bytes(initrd.build(self._programs))
         commands, self._commands_fd = os.pipe()
         answers, answers_end = os.pipe()
@@ -151,7 +154,8 @@ class LinuxGuest:
                     stdout=log,
                     stderr=log,
                     pass_fds=given,
-                    start_new_session=True,
+                    # In a control group it stays in its starter's session, whose end is then its end too.
+                    start_new_session=self._group is None,
                 )
         finally:
             for fd in given:
@@ -164,8 +168,8 @@ class LinuxGuest:
 
     def _command(self, commands_fd: int, answers_fd: int, beats_fd: int) -> list[str]:
         launch = [sys.executable, "-m", "linux_guest.launch"]
-        if self._cgroup is not None:
-            launch += ["--cgroup", str(self._cgroup)]
+        if self._group is not None:
+            launch += ["--cgroup", str(self._group.path)]
         words = [
             str(self._programs.kernel),
             f"mem={self.memory_bytes >> 20}M",
@@ -192,7 +196,7 @@ class LinuxGuest:
         self._until(initrd.READY, timeout_s)
 
     def end(self) -> None:
-        """Power off, then end every process of the session. Idempotent."""
+        """Power off, then end every process. Idempotent."""
         if self._process is None:
             return
         if self.alive:
@@ -209,10 +213,12 @@ class LinuxGuest:
             self._lines.close()
 
     def kill(self) -> None:
-        """SIGKILL for every process of the session, until none is left. Idempotent."""
+        """SIGKILL for every process, until none is left. Idempotent."""
         assert self._process is not None, "not started"
-        # The leader is reaped last: until then nobody else can get the session's id.
-        while members := _session(self.pid):
+        if self._group is not None:
+            self._group.thaw()
+        # A session's leader is reaped last: until then nobody else can get its id.
+        while members := self._group.members() if self._group is not None else _session(self.pid):
             for pid in members:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
