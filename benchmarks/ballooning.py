@@ -1,0 +1,174 @@
+"""What ballooning costs: page frame arrays against scatter-gather entries, and against punching alone.
+
+    python benchmarks/ballooning.py [--memory 8GiB] [--repeats 3] [--no-resident] [--json]
+
+A real agent process and the host's real balloon device inflate 7/8 of a guest. "idle": the guest never touched
+most of its memory, as after a boot. "resident": it wrote nearly all of it and freed it again, so that the host has
+a page for each; "punch" is then what punching the very same runs costs when nobody talks to anybody (another guest
+of the same seed, whose memory is the same). The split: "allocate" and "send" are the guest's, "translate" (chains
+to runs) and "release" (punching) the device's; they overlap, so their sum is not the whole. Then hinting and
+reporting as throughput, and the sparse bitmap beside other sets (`sparse_sets.py`).
+
+"arrays" has up to 16 arrays of 256 pages in flight, and its device punches neighbours together: a faster legacy
+than the stock driver and QEMU, whose figures are in the series.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from statistics import median
+from typing import Any
+
+import sparse_sets
+from bench_guest import PAGE_BYTES, DeviceSpend, running_guest, wait_for
+from common import Series, machine_line, print_json, print_table
+
+from host.guest_memory import punch_hole
+
+IDLE: list[dict[str, Any]] = [{"name": "idle"}]
+RESIDENT: list[dict[str, Any]] = [{"name": "freed", "fraction": 0.93, "keep": 0.0}]
+SHARE = (7, 8)
+
+
+def memory_bytes(text: str) -> int:
+    """A size such as 8GiB."""
+    found = re.fullmatch(r"(\d+)(GiB|MiB)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text} is no size like 8GiB or 512MiB")
+    return int(found[1]) << {"GiB": 30, "MiB": 20}[found[2]]
+
+
+def inflate(
+    memory: int, workloads: list[dict[str, Any]], spend: DeviceSpend, *, sg: bool
+) -> tuple[dict[str, float], list[tuple[int, int]]]:
+    """Figures of one inflation (and of the deflation after it), and the runs that the device punched."""
+    pages = memory // PAGE_BYTES * SHARE[0] // SHARE[1]
+    with running_guest(memory, workloads, sg=sg, stats=False) as guest:
+        spend.reset()
+        before = guest.link.hello()
+        total_ms = guest.balloon(pages)
+        after = guest.link.hello()
+        runs = list(spend.runs)
+        figures = {
+            "total_ms": total_ms,
+            "allocate_ms": after.balloon["allocate_ms"] - before.balloon["allocate_ms"],
+            "send_ms": after.balloon["send_ms"] - before.balloon["send_ms"],
+            "translate_ms": spend.seconds["translate"] * 1000,
+            "release_ms": spend.seconds["release"] * 1000,
+            "guest_cpu_ms": (after.cpu_seconds - before.cpu_seconds) * 1000,
+            "runs": len(runs),
+            "deflate_ms": guest.balloon(0),
+        }
+    if sum(count for _, count in runs) != pages:
+        raise SystemExit(f"{sum(count for _, count in runs)} pages punched, {pages} ballooned")
+    return figures, runs
+
+
+def punch_alone(
+    memory: int, workloads: list[dict[str, Any]], runs: list[tuple[int, int]]
+) -> dict[str, float]:
+    """Punching runs in the memory of a guest that is up and knows nothing of it."""
+    with running_guest(memory, workloads, stats=False) as guest:
+        ram = guest.link.ram()
+        try:
+            started = time.perf_counter()
+            for first, count in runs:
+                punch_hole(ram.memfd, first * PAGE_BYTES, count * PAGE_BYTES)
+            return {"punch_ms": (time.perf_counter() - started) * 1000}
+        finally:
+            ram.close()
+
+
+def hinting(memory: int, driver: str) -> dict[str, float]:
+    """One report of an idle guest."""
+    with running_guest(memory, IDLE, hints=driver, stats=False) as guest:
+        took_ms, pages = guest.hint()
+    return {
+        "total_ms": took_ms,
+        "gib": pages * PAGE_BYTES / 2**30,
+        "gib_per_s": pages * PAGE_BYTES / 2**30 / took_ms * 1000,
+    }
+
+
+def reporting(memory: int, spend: DeviceSpend) -> dict[str, float]:
+    """Free page reporting of an idle guest, from the first pass of the device to the last of the first sweep."""
+    spend.reset()
+    with running_guest(memory, IDLE, reporting=True, stats=False) as guest:
+        most = 0.9 * guest.link.hello().free_pages
+        wait_for(
+            lambda: sum(pages for _, pages in list(spend.reports)) > most, "nearly all memory to be reported"
+        )
+    took_s = spend.reports[-1][0] - spend.reports[0][0]
+    gib = sum(pages for _, pages in spend.reports[1:]) * PAGE_BYTES / 2**30
+    return {"total_ms": took_s * 1000, "gib": gib, "gib_per_s": gib / took_s}
+
+
+def variant(
+    memory: int, workloads: list[dict[str, Any]], repeats: int, spend: DeviceSpend
+) -> tuple[dict[str, Series], dict[str, float]]:
+    """All arms over one kind of guest, and the comparison of their medians."""
+    arms = {"arrays": Series(), "sg": Series()}
+    punch = Series()
+    for _ in range(repeats):
+        arms["arrays"].add(inflate(memory, workloads, spend, sg=False)[0])
+        figures, runs = inflate(memory, workloads, spend, sg=True)
+        arms["sg"].add(figures)
+        punch.add(punch_alone(memory, workloads, runs))
+    legacy_ms, sg_ms = (median(arms[arm].values("total_ms")) for arm in ("arrays", "sg"))
+    punch_ms = median(punch.values("punch_ms"))
+    return arms, {
+        "legacy_ms": legacy_ms,
+        "sg_ms": sg_ms,
+        "reduction": 1 - sg_ms / legacy_ms,
+        "punch_ms": punch_ms,
+        "sg_over_punch": sg_ms / punch_ms,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--memory", type=memory_bytes, default=8 << 30)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--no-resident", action="store_true", help="leave the guests out that fill the host's memory"
+    )
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    spend = DeviceSpend()
+    spend.watch()
+    kinds = {"idle": IDLE} | ({} if options.no_resident else {"resident": RESIDENT})
+    arms, compared = {}, {}
+    for kind, workloads in kinds.items():
+        arms[kind], compared[kind] = variant(options.memory, workloads, options.repeats, spend)
+    free_pages = {"hinting, hold": Series(), "hinting, walk": Series(), "reporting": Series()}
+    for _ in range(options.repeats):
+        free_pages["hinting, hold"].add(hinting(options.memory, "hold"))
+        free_pages["hinting, walk"].add(hinting(options.memory, "walk"))
+        free_pages["reporting"].add(reporting(options.memory, spend))
+    sets = sparse_sets.compare()
+    if options.json:
+        print_json(
+            {
+                "machine": machine_line(),
+                "memory_bytes": options.memory,
+                "repeats": options.repeats,
+                **{key: compared["idle"][key] for key in ("legacy_ms", "sg_ms", "reduction")},
+                "compared": compared,
+                "arms": {k: {name: s.summary() for name, s in a.items()} for k, a in arms.items()},
+                "free_pages": {name: series.summary() for name, series in free_pages.items()},
+                "sets": sets,
+            }
+        )
+        return
+    for kind, series in arms.items():
+        print_table(f"inflating 7/8 of {options.memory >> 20} MiB, {kind}: median (min-max)", series)
+        print(", ".join(f"{name} {value:.3g}" for name, value in compared[kind].items()))
+    print_table("free pages told to the host", free_pages)
+    print_table("sparse sets of page numbers", {name: Series([row]) for name, row in sets.items()})
+
+
+if __name__ == "__main__":
+    main()
