@@ -263,6 +263,10 @@ class Machine:
         self.gate.pause()
         try:
             problems = [f"memory manager: {problem}" for problem in self.buddy.check()]
+            known = {workload.id for workload in self.workloads}
+            problems += [
+                f"workload {id_} logged and is not here" for id_ in sorted({i for i, _ in expected} - known)
+            ]
             for workload in self.workloads:
                 problems += [f"{workload.name}: {problem}" for problem in workload.check(expected)]
         finally:

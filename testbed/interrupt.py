@@ -1,11 +1,14 @@
 """Ctrl-C, twice understood: the first press cancels in order, the second one hurries.
 
 Rule 1: a press is a fact that waiting code looks at; it never raises out of an arbitrary line.
-Rule 2: the handlers that were there before are there afterwards.
+Rule 2: a signal handler interrupts the main thread anywhere, also while it holds a lock or a buffer. So it writes
+        one byte to a pipe and nothing else; a thread of its own makes the press of it and calls the listeners.
+Rule 3: the handlers that were there before are there afterwards.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from typing import TYPE_CHECKING, Any, Self
@@ -25,8 +28,13 @@ class Interrupt:
         self._hurried = threading.Event()
         self._before: dict[signal.Signals, Any] = {}
         self._listeners: list[Callable[[], None]] = []
+        self._pipe = (-1, -1)
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        self._pipe = os.pipe2(os.O_CLOEXEC)
+        self._thread = threading.Thread(target=self._read, name="interrupt", daemon=True)
+        self._thread.start()
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
@@ -35,6 +43,10 @@ class Interrupt:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.close(self._pipe[1])  # the end of the pipe is the end of the thread
+        if self._thread is not None:
+            self._thread.join()
+        os.close(self._pipe[0])
 
     @property
     def pressed(self) -> bool:
@@ -47,7 +59,7 @@ class Interrupt:
         return self._hurried.is_set()
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Calls `listener` at every press, inside the signal handler."""
+        """Calls `listener` at every press, on a thread of its own."""
         self._listeners.append(listener)
 
     def ignore(self, listener: Callable[[], None]) -> None:
@@ -59,7 +71,7 @@ class Interrupt:
         if self._pressed.is_set():
             self._hurried.set()
         self._pressed.set()
-        for listener in self._listeners:
+        for listener in tuple(self._listeners):
             listener()
 
     def pause(self, seconds: float) -> None:
@@ -71,4 +83,8 @@ class Interrupt:
         self._hurried.wait(seconds)
 
     def _handle(self, _number: int, _frame: object) -> None:
-        self.press()
+        os.write(self._pipe[1], b"!")
+
+    def _read(self) -> None:
+        while os.read(self._pipe[0], 1):
+            self.press()

@@ -45,6 +45,9 @@ def _self_check(record: RunRecord) -> Finding:
     figures = {"checked_items": items, "expected_items": expected}
     if problems or not checked.fields["ok"]:
         return invalid(*(problems or ["the self-check failed without a reason"]), **figures)
+    logging = {"files", "writer", "kv"} & {workload.name for workload in record.scenario.guest.workload}
+    if logging and not expected:
+        return unknown(f"nothing was logged, and {', '.join(sorted(logging))} must have logged", **figures)
     if items < expected:
         return unknown(f"the self-check looked at {items} of {expected} logged items", **figures)
     return valid(**figures)

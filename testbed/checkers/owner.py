@@ -4,6 +4,9 @@ Rule 1: judged from the agents' own beats, in files that no fault touches; what 
 Rule 2: two hosts never beat at the same time, and no epoch is ever beaten on two hosts.
 Rule 3: epochs grow with time; the host that takes over continues with the next one.
 Rule 4: in the end the guest beats where the outcome says it is, and only there.
+Rule 5: what is missing proves nothing: a host that must have run the guest and left no beats, or whose last state
+        was not recorded, makes the verdict unknown. A guest is lost only when its agent's process is known to
+        have ended.
 """
 
 from __future__ import annotations
@@ -76,12 +79,17 @@ def _disorder(spans: list[Span]) -> Iterator[str]:
             yield f"the {later.host} took over epoch {earlier.epoch} as {later.epoch}, not as {wanted}"
 
 
-def _in_the_end(record: RunRecord, spans: list[Span]) -> Finding:
+def _in_the_end(record: RunRecord, spans: list[Span]) -> Finding:  # noqa: PLR0911 - one a finding
     assert record.ended is not None
     outcome = record.outcome
+    if record.scenario.guest.kind == "ballast" and not len(record.beats["source"]):
+        return unknown("the source left no beats, and the guest must have run there")
+    broken = record.last("run_broken")
+    if broken is not None:
+        return unknown(f"the run broke after the outcome: {broken.fields.get('reason', '')}")
     ran_at_dest = any(span.host == "dest" for span in spans)
     if outcome == "guest_lost":
-        return valid("the guest was lost with its host")
+        return _lost(record)
     if outcome != "completed":
         if ran_at_dest:
             return invalid(f"the outcome is '{outcome}' and the guest ran at the destination")
@@ -95,11 +103,25 @@ def _in_the_end(record: RunRecord, spans: list[Span]) -> Finding:
     return _claims(record, "dest" if outcome == "completed" else "source")
 
 
+def _lost(record: RunRecord) -> Finding:
+    ended = [
+        event
+        for event in record.all("process_ended")
+        if str(event.fields["process"]).endswith("-agent") and not event.fields.get("asked")
+    ]
+    if not ended:
+        return invalid("the guest was called lost, and no agent's process ended by itself")
+    if any(len(beats) and beats["at_ns"][-1] > ended[0].at_ns for beats in record.beats.values()):
+        return invalid("the guest was called lost and went on beating")
+    return valid("the guest was lost with its agent")
+
+
 def _claims(record: RunRecord, owner: str) -> Finding:
     states = {str(event.fields["host"]): str(event.fields["state"]) for event in record.all("final_status")}
     holders = [host for host, state in states.items() if state in RUNS_OR_COULD]
-    if owner not in states:
-        return unknown(f"the {owner}'s last state was not recorded")
+    for host in ("source", "dest"):
+        if host not in states:
+            return unknown(f"the {host}'s last state was not recorded")
     if holders != [owner]:
         found = ", ".join(f"{host} {state}" for host, state in states.items())
         return invalid(f"the {owner} must hold the guest alone in the end, found: {found}")

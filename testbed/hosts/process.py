@@ -49,6 +49,8 @@ class OwnedProcess:
                 env=dict(environment),
                 start_new_session=True,
             )
+        # Signals go by this and not by Popen, which would reap the process behind the watcher's back.
+        self._pidfd = os.pidfd_open(self._process.pid)
         self._watcher = threading.Thread(target=self._watch, name=f"watch-{name}", daemon=True)
         self._watcher.start()
 
@@ -75,16 +77,24 @@ class OwnedProcess:
     def ask_to_end(self) -> None:
         """SIGTERM, once; the end is not waited for."""
         self.asked_to_end = True
-        if self.alive:
-            self._process.send_signal(signal.SIGTERM)
+        self._signal(signal.SIGTERM)
 
     def end(self, grace_s: float) -> None:
         """SIGTERM, and SIGKILL for whoever is left of the group when the grace is over."""
         self.ask_to_end()
         if not self._gone.wait(grace_s):
-            self._process.kill()
+            self._signal(signal.SIGKILL)
             self._gone.wait()
         self._watcher.join()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _signal(self, number: signal.Signals) -> None:
+        if not self.alive:
+            return
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            signal.pidfd_send_signal(self._pidfd, number)
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it ended in time."""

@@ -294,3 +294,36 @@ def test_the_result_document_has_what_the_design_promises(tmp_path):
     assert [part["index"] for part in document["rounds"]] == [1, 2]
     assert document["cpu_seconds"] == {"source": 0.1, "dest": 0.2, "guest": 0.3}
     assert json.loads(json.dumps(document)) == document
+
+
+@pytest.mark.parametrize("fault", [None, "owners_overlap"])
+def test_a_source_without_beats_is_unknown_also_where_owners_overlapped(tmp_path, fault):
+    run = SyntheticRun(tmp_path, fault=fault)
+    run.run_dir.artefact("source.beats").unlink()
+    assert judged(run).findings["owner"].verdict is Verdict.UNKNOWN
+
+
+@pytest.mark.parametrize("host", ["source", "dest"])
+def test_a_host_whose_last_state_is_missing_is_unknown(tmp_path, host):
+    run = SyntheticRun(tmp_path)
+    edit_events(
+        run,
+        lambda event: None if event["name"] == "final_status" and event["fields"]["host"] == host else event,
+    )
+    finding = judged(run).findings["owner"]
+    assert finding.verdict is Verdict.UNKNOWN
+    assert host in finding.reasons[0]
+
+
+def test_a_guest_is_not_lost_because_somebody_says_so(tmp_path):
+    run = SyntheticRun(tmp_path)
+    edit_fields(run, "migration_ended", outcome="guest_lost")
+    finding = judged(run).findings["owner"]
+    assert finding.verdict is Verdict.INVALID
+    assert "no agent's process ended" in finding.reasons[0]
+
+
+def test_a_store_that_logged_nothing_proves_nothing(tmp_path):
+    run = SyntheticRun(tmp_path)
+    edit_fields(run, "guest_checked", checked_items=0, expected_items=0)
+    assert judged(run).findings["oracle"].verdict is Verdict.UNKNOWN
