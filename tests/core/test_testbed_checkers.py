@@ -325,5 +325,8 @@ def test_a_guest_is_not_lost_because_somebody_says_so(tmp_path):
 
 def test_a_store_that_logged_nothing_proves_nothing(tmp_path):
     run = SyntheticRun(tmp_path)
+    manifest = json.loads(run.run_dir.manifest.read_text())
+    manifest["scenario"]["guest"]["workload"] = [{"name": "kv", "records": 100, "operations_per_second": 10}]
+    run.run_dir.manifest.write_text(json.dumps(manifest))
     edit_fields(run, "guest_checked", checked_items=0, expected_items=0)
     assert judged(run).findings["oracle"].verdict is Verdict.UNKNOWN
