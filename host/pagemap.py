@@ -21,7 +21,7 @@ from host.errors import TrackerUnavailable
 from migration.pages import PAGE_BYTES, pfns_of
 
 if TYPE_CHECKING:
-    from migration.pages import BoolArray, U64Array
+    from migration.pages import BoolArray, U32Array, U64Array
 
 # struct pm_scan_arg, include/uapi/linux/fs.h: size, flags, start, end, walk_end, vec, vec_len, max_pages,
 # category_inverted, category_mask, category_anyof_mask, return_mask.
@@ -77,6 +77,21 @@ class WriteScanner:
         first = (written[:, 0] - np.uint64(self._base)) // np.uint64(PAGE_BYTES)
         count = (written[:, 1] - written[:, 0]) // np.uint64(PAGE_BYTES)
         return _mask_of(first, count, self.pages)
+
+    def forget(self, pfn_first: U64Array, page_count: U32Array | U64Array) -> None:
+        """Protect these ranges of pages again and forget who wrote there. LOSES WRITES: for experiments only.
+
+        Raises:
+            TrackerUnavailable: the ranges are not tracked.
+        """
+        for first, count in zip(pfn_first.tolist(), page_count.tolist(), strict=True):
+            start = self._base + first * PAGE_BYTES
+            self._scan(
+                start,
+                start + count * PAGE_BYTES,
+                PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+                PAGE_IS_WRITTEN,
+            )
 
     def close(self) -> None:
         """Close the pagemap descriptor. Idempotent."""

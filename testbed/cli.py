@@ -159,7 +159,6 @@ def check(
         from testbed.checkers import judge
         from testbed.record import load
         from testbed.result import build
-        from testbed.run import EXIT_CODES
         from testbed.tables import findings_table
 
         record = load(run_dir)
@@ -168,7 +167,7 @@ def check(
             _print_json({**judgement.to_dict(), "result": build(record, judgement).to_dict()})
         else:
             _print(findings_table(judgement))
-        _exit([EXIT_CODES[judgement.verdict]])
+        _exit([judgement.exit_code])
 
 
 @app.command()

@@ -7,15 +7,38 @@ Rule 3: fields may be added, none may change its meaning: that needs a new `sche
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from testbed.beats import blackout_ns
+from virtio.balloon import (
+    F_DEFLATE_ON_OOM,
+    F_FREE_PAGE_HINT,
+    F_HINT_WAIT_ON_ACK,
+    F_MUST_TELL_HOST,
+    F_PAGE_POISON,
+    F_REPORTING,
+    F_SG,
+    F_STATS_VQ,
+    has,
+)
 
 if TYPE_CHECKING:
     from testbed.checkers import Judgement
     from testbed.record import RunRecord
+
+
+FEATURE_NAMES: Final = {
+    "must_tell_host": F_MUST_TELL_HOST,
+    "stats_vq": F_STATS_VQ,
+    "deflate_on_oom": F_DEFLATE_ON_OOM,
+    "free_page_hint": F_FREE_PAGE_HINT,
+    "page_poison": F_PAGE_POISON,
+    "reporting": F_REPORTING,
+    "hint_wait_on_ack": F_HINT_WAIT_ON_ACK,
+    "sg": F_SG,
+}
 
 
 class Part(BaseModel):
@@ -58,6 +81,26 @@ class HintsPart(Part):
     stale_pages: int = 0
     rejected_ranges: int = 0
     rounds: list[dict[str, Any]] = []
+
+
+class BalloonPart(Part):
+    """The balloon: the device's account where the guest was last, and what its driver tells.
+
+    Counts of pages are of that host alone: a node counts from its start.
+    """
+
+    features: list[str] = []
+    hints_driver: Literal["hold", "walk", "off"] | None = None
+    num_pages: int = 0
+    actual: int = 0
+    poison_value: int = 0
+    inflated_pages: int = 0
+    deflated_pages: int = 0
+    reported_pages: int = 0
+    released_pages: int = 0
+    hint_blocks_skipped: int = 0
+    stats: dict[str, int] = {}
+    guest_errors: dict[str, int] = {}
 
 
 class BytesPart(Part):
@@ -121,6 +164,7 @@ class Result(Part):
     guest: GuestPart
     rounds: list[RoundPart]
     hints: HintsPart
+    balloon: BalloonPart
     bytes: BytesPart
     integrity: IntegrityPart
     faults: list[FaultPart]
@@ -164,6 +208,7 @@ def build(record: RunRecord, judgement: Judgement) -> Result:
         ),
         rounds=rounds_of(record),
         hints=HintsPart.model_validate(_known(HintsPart, ended.get("hints") or {})),
+        balloon=balloon_of(record),
         bytes=BytesPart.model_validate(_known(BytesPart, ended.get("bytes") or {})),
         integrity=IntegrityPart.model_validate(_known(IntegrityPart, integrity)),
         faults=[],
@@ -181,6 +226,22 @@ def rounds_of(record: RunRecord) -> list[RoundPart]:
     ]
 
 
+def balloon_of(record: RunRecord) -> BalloonPart:
+    """As the last status of the guest says; before a migration ended, that of the source."""
+    status = record.last("guest_ran_on", "testbed") or record.last("guest_status", "testbed")
+    told = dict(status.fields.get("balloon") or {}) if status is not None else {}
+    driver = told.get("driver") or {}
+    names = [name for name, bit in FEATURE_NAMES.items() if has(int(told.get("features", 0)), bit)]
+    return BalloonPart.model_validate(
+        {
+            **_known(BalloonPart, told),
+            "features": names,
+            "hints_driver": (driver.get("options") or {}).get("hints"),
+            "hint_blocks_skipped": driver.get("hint_blocks_skipped", 0),
+        }
+    )
+
+
 def engine_facts(record: RunRecord) -> dict[str, Any]:
     """What ran, on what: versions, machine, and what the source chose."""
     ended = record.ended.fields if record.ended is not None else {}
@@ -192,7 +253,7 @@ def engine_facts(record: RunRecord) -> dict[str, Any]:
         "hosts": record.scenario.hosts.kind,
         "skip": record.scenario.migration.skip,
         "integrity": record.scenario.migration.integrity,
-        **{key: chosen[key] for key in ("tracker", "tracker_reason") if key in chosen},
+        **{key: chosen[key] for key in ("tracker", "tracker_reason", "hint_rule") if key in chosen},
         **ended.get("engine", {}),
     }
 

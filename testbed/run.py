@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from testbed import machine
 from testbed.checkers import Judgement, judge
@@ -22,7 +22,6 @@ from testbed.record import load
 from testbed.result import Result, build
 from testbed.run_dir import RunDir, create, write_json, write_lines
 from testbed.session import Session
-from testbed.verdict import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from testbed.history import Event
     from testbed.interrupt import Interrupt
     from testbed.scenario import Scenario
-
-EXIT_CODES: Final = {Verdict.VALID: 0, Verdict.INVALID: 1, Verdict.UNKNOWN: 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ class FinishedRun:
     @property
     def exit_code(self) -> int:
         """Of the command line."""
-        return EXIT_CODES[self.judgement.verdict]
+        return self.judgement.exit_code
 
 
 def run_scenario(

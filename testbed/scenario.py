@@ -9,20 +9,20 @@ Rule 4: one schema, both directions: manifest.json keeps `Scenario.model_dump()`
 from collections.abc import Iterator
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from testbed.balloon_keys import Balloon, balloon_conflicts
+from testbed.scenario_model import Model
 from testbed.units import (
     PAGE_BYTES,
     format_bytes,
     parse_bytes,
     parse_duration_ms,
     parse_page_rate,
-    parse_pages,
     parse_rate,
 )
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Pages = Annotated[int, BeforeValidator(parse_pages)]
 BytesPerSecond = Annotated[int, BeforeValidator(parse_rate)]
 PagesPerSecond = Annotated[int, BeforeValidator(parse_page_rate)]
 DurationMs = Annotated[int, BeforeValidator(parse_duration_ms)]
@@ -49,12 +49,6 @@ def _whole_blocks(memory_bytes: int) -> int:
 
 
 MemoryBytes = Annotated[int, BeforeValidator(parse_bytes), AfterValidator(_whole_blocks)]
-
-
-class Model(BaseModel):
-    """Common rules: strict, frozen, closed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Idle(Model):
@@ -120,13 +114,25 @@ class KeyValue(Model):
         return self.records * KV_RECORD_BYTES
 
 
-Workload = Annotated[Idle | Freed | Files | Writer | KeyValue, Field(discriminator="name")]
+class Retake(Model):
+    """Takes hinted pages back and writes them before the device processes the hint (hazard 1, exactly)."""
+
+    name: Literal["retake"]
+    pages: Annotated[int, Field(ge=1, le=1024)] = 64  # a held block has 1024
+
+    def kept_bytes(self, memory_bytes: int) -> int:
+        """The pages it takes."""
+        return self.pages * PAGE_BYTES
+
+
+Workload = Annotated[Idle | Freed | Files | Writer | KeyValue | Retake, Field(discriminator="name")]
 WORKLOADS: Final[dict[str, type[Model]]] = {
     "idle": Idle,
     "freed": Freed,
     "files": Files,
     "writer": Writer,
     "kv": KeyValue,
+    "retake": Retake,
 }
 
 
@@ -136,12 +142,6 @@ class Guest(Model):
     memory: MemoryBytes
     kind: Literal["ballast"] = "ballast"
     workload: Annotated[tuple[Workload, ...], Field(strict=False, max_length=16)] = ()
-
-
-class Balloon(Model):
-    """The balloon before the migration starts."""
-
-    num_pages: Pages = 0
 
 
 class Migration(Model):
@@ -156,6 +156,9 @@ class Migration(Model):
     hint_wait: DurationMs = 100
     timeout: DurationMs = 60_000
     on_rounds_max: Literal["switch", "cancel"] = "switch"
+    # LOSES WRITES. The source clears the dirty log of hinted pages when it processes the hint, as has been done
+    # elsewhere: it shows that the checkers catch it. Only with expect = "corruption".
+    unsafe_clear_dirty_log_at_hint: bool = False
 
     @property
     def hints(self) -> bool:
@@ -183,7 +186,8 @@ class Scenario(Model):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
-    expect: Literal["completed", "cancelled", "failed", "guest_lost"] = "completed"
+    # "corruption": the guest arrives and the checkers find that writes were lost.
+    expect: Literal["completed", "cancelled", "failed", "guest_lost", "corruption"] = "completed"
     engine: Literal["ballast"] = "ballast"
     guest: Guest
     balloon: Balloon = Balloon()
@@ -198,9 +202,14 @@ SECTIONS: Final[dict[str, type[Model]]] = {
 
 
 def conflicts(
-    guest: Guest | None, balloon: Balloon | None, migration: Migration | None
+    guest: Guest | None, balloon: Balloon | None, migration: Migration | None, expect: object = "completed"
 ) -> Iterator[tuple[str, str]]:
     """What is wrong across fields, as (path, problem); a section that is itself invalid is None."""
+    if balloon is not None:
+        hints = migration is not None and migration.hints
+        yield from balloon_conflicts(balloon, migration_hints=hints)
+    if migration is not None and migration.unsafe_clear_dirty_log_at_hint:
+        yield from _unsafe_conflicts(migration, expect)
     if guest is not None:
         yield from _memory_conflicts(guest)
     if guest is not None and balloon is not None:
@@ -216,6 +225,14 @@ def conflicts(
             "and came back with the same content; use skip 'none' or 'zero', or tracker 'uffd'"
         )
         yield "migration.tracker", problem
+
+
+def _unsafe_conflicts(migration: Migration, expect: object) -> Iterator[tuple[str, str]]:
+    path = "migration.unsafe_clear_dirty_log_at_hint"
+    if expect != "corruption":
+        yield path, f"loses the guest's writes: it needs expect = 'corruption', not '{expect}'"
+    if not migration.hints:
+        yield path, f"means nothing with skip = '{migration.skip}'"
 
 
 def _memory_conflicts(guest: Guest) -> Iterator[tuple[str, str]]:

@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from testbed.balloon_keys import Balloon
 from testbed.errors import UsageError
-from testbed.scenario import SECTIONS, WORKLOADS, Balloon, Guest, Migration, Model, Scenario, conflicts
+from testbed.scenario import SECTIONS, WORKLOADS, Guest, Migration, Scenario, conflicts
+from testbed.scenario_model import Model
 
 SomeModel = TypeVar("SomeModel", bound=Model)
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "string": "a text", "bool": "true or false"}
@@ -80,8 +82,9 @@ def validate(document: Mapping[str, Any]) -> tuple[Scenario | None, list[str]]:
         problems = [_explain(details) for details in error.errors()]
     found = conflicts(
         _part(Guest, document, "guest", ("memory", "workload")),
-        _part(Balloon, document, "balloon", ("num_pages",)),
-        _part(Migration, document, "migration", ("skip", "tracker")),
+        _part(Balloon, document, "balloon", tuple(Balloon.model_fields)),
+        _part(Migration, document, "migration", ("skip", "tracker", "unsafe_clear_dirty_log_at_hint")),
+        document.get("expect", "completed"),
     )
     problems += [f"{path}: {problem}" for path, problem in found]
     return (None if problems else scenario), problems

@@ -8,6 +8,7 @@ Rule 4: a silence has a deadline; a process that dies ends the wait that needed 
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Final
 
 import psutil
@@ -109,6 +110,7 @@ class Session:
             hint_wait_ms=options.hint_wait,
             timeout_ms=options.timeout,
             on_rounds_max=options.on_rounds_max,
+            unsafe_clear_dirty_log_at_hint=options.unsafe_clear_dirty_log_at_hint,
         )
         self._history.note("migration_requested", migration=self._migration, attempt=1)
         self._hosts.source.client.migrate(request)
@@ -200,6 +202,7 @@ class Session:
             ballooned_pages=status.ballooned_pages,
             held_pages=status.held_pages,
             operations=status.operations,
+            balloon=json.loads(status.balloon_json or "{}"),
         )
 
     def _cpu_seconds(self) -> dict[str, float]:

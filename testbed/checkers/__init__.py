@@ -30,12 +30,16 @@ CHECKERS: Final[Mapping[str, Callable[[RunRecord], Finding]]] = {
 }
 
 
+EXIT_CODES: Final = {Verdict.VALID: 0, Verdict.INVALID: 1, Verdict.UNKNOWN: 4}
+
+
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """What all checkers together say."""
 
     verdict: Verdict
     findings: Mapping[str, Finding]
+    invalid_as_expected: bool = False  # the scenario made the run lose writes, and that was found
 
     @property
     def reasons(self) -> list[str]:
@@ -44,6 +48,11 @@ class Judgement:
             self.findings.items(), key=lambda item: item[1].verdict is not Verdict.INVALID
         )
         return [f"{name}: {reason}" for name, finding in heaviest_first for reason in finding.reasons]
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command line: 0 for what is as the scenario expects."""
+        return 0 if self.invalid_as_expected else EXIT_CODES[self.verdict]
 
     def to_dict(self) -> dict[str, object]:
         """The content of verdict.json."""
@@ -58,7 +67,8 @@ class Judgement:
 def judge(record: RunRecord, checkers: Mapping[str, Callable[[RunRecord], Finding]] = CHECKERS) -> Judgement:
     """Asks every checker about the run."""
     findings = {name: _safely(check, record) for name, check in checkers.items()}
-    return Judgement(worst(finding.verdict for finding in findings.values()), findings)
+    expected = expectation.corruption_found(record, findings)
+    return Judgement(worst(finding.verdict for finding in findings.values()), findings, expected)
 
 
 def _safely(check: Callable[[RunRecord], Finding], record: RunRecord) -> Finding:

@@ -1,21 +1,39 @@
 """Did the run end the way its scenario expects?
 
 Rule 1: the scenario states one outcome; any other is a finding against the run, with the reason it was given.
+Rule 2: "corruption" is no outcome: the migration completes and its run is invalid, for lost writes that both the
+        memory and the guest's own check show, and for nothing else. Such a run stays invalid, as was expected.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from testbed.verdict import Finding, invalid, valid
+from testbed.verdict import Finding, Verdict, invalid, valid
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from testbed.record import RunRecord
+
+
+CORRUPTION: Final = "corruption"
+CONVICTING: Final = ("memory", "oracle")
 
 
 def check(record: RunRecord) -> Finding:
     """Compares the outcome with the expected one."""
-    if record.outcome == record.scenario.expect:
+    expected = "completed" if record.scenario.expect == CORRUPTION else record.scenario.expect
+    if record.outcome == expected:
         return valid()
     why = f": {record.outcome_reason}" if record.outcome_reason else ""
-    return invalid(f"expected '{record.scenario.expect}', the outcome is '{record.outcome}'{why}")
+    return invalid(f"expected '{expected}', the outcome is '{record.outcome}'{why}")
+
+
+def corruption_found(record: RunRecord, findings: Mapping[str, Finding]) -> bool:
+    """Whether the scenario expects lost writes and all that speaks against the run is that they were found."""
+    if record.scenario.expect != CORRUPTION:
+        return False
+    against = {name for name, finding in findings.items() if finding.verdict is not Verdict.VALID}
+    convicted = {name for name in against if findings[name].verdict is Verdict.INVALID}
+    return against == convicted == set(CONVICTING)

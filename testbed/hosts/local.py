@@ -137,7 +137,9 @@ class LocalHosts:
             return [*arguments, "--standby"]
         workloads = self._run_dir.path / "workloads.json"
         chosen = [workload.model_dump() for workload in self._scenario.guest.workload]
-        workloads.write_text(json.dumps({"workloads": chosen}, indent=2), encoding="utf-8")
+        balloon = self._scenario.balloon.driver_options()
+        guest = {"workloads": chosen, "balloon": balloon}
+        workloads.write_text(json.dumps(guest, indent=2), encoding="utf-8")
         return [*arguments, "--workloads", str(workloads)]
 
     def _process(self, stack: ExitStack, name: str, module_and_arguments: Sequence[str]) -> OwnedProcess:
