@@ -74,7 +74,7 @@ __all__ = ["Balloon"]
 DEFAULT_OPTIONS = BalloonOptions()
 RETRY_S = 0.2  # as Linux waits when it found no page for its balloon
 RETRY_SPARE_PAGES = 8192  # and only when there is plenty again: no tug-of-war with the guest
-ANSWER_S_MAX = 0.05  # the device answers in milliseconds, unless it is gone
+ANSWER_S_MAX = 0.2  # some times what punching one batch takes: a device that is silent for longer is gone
 MOVE_PAGES_MAX = 256  # an empty ring has an entry for each
 
 

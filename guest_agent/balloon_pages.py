@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BATCH_PAGES", "BalloonPages", "PageQueue"]
 
-# One operation at most: what a deflation cannot see meanwhile, what the device punches before it answers (some
-# 15 ms for pages that are resident), and what one slice inside the pause gate allocates (some 2 ms).
-BATCH_PAGES: Final = 32_768
+# One operation at most: what a deflation cannot see meanwhile, what the device punches before it answers (256 MiB,
+# some 30 ms for pages that are resident), and what one slice inside the pause gate allocates (less than 1 ms).
+BATCH_PAGES: Final = 65_536
 _SEARCH_PAGES: Final = 1 << 17  # of the frame table looked at in one step
 
 

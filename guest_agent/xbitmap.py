@@ -232,7 +232,8 @@ class XBitmap:
             raise ValueError("a negative index")
         wanted = bits.astype(np.uint64)
         if (wanted[1:] <= wanted[:-1]).any():
-            wanted = np.unique(wanted)
+            wanted = np.sort(wanted)  # and not np.unique, which is many times slower on page numbers
+            wanted = wanted[_starts(wanted)]
         firsts, lasts = _runs(wanted)
         keys = wanted[_starts(wanted >> np.uint64(LEAF_SHIFT))] >> np.uint64(LEAF_SHIFT)
         if len(firsts) <= _RUNS_PER_LEAF_MAX * len(keys):
