@@ -10,7 +10,8 @@ import pytest
 from virtio.balloon import F_SG, QUEUE_HINT, QUEUE_INFLATE
 from virtio.errors import GuestProtocolError
 from virtio.hint_session import HintStarted, HintState, RejectedRange
-from virtio.split_ring import DeviceRing
+from virtio.ring_layout import layout_at
+from virtio.split_ring import DeviceRing, DriverRing
 from virtio.testing import MockHost
 
 PAGES = 1024
@@ -235,3 +236,47 @@ def test_hazard_9_random_ring_memory_never_raises_anything_else():
             ring.push(chain.head)
         ring.publish()
         assert len(host.guest.used_entries(QUEUE_INFLATE)) == 16
+
+
+def test_hazard_9_memory_below_guest_ram_is_not_the_guests():
+    """A front-end's file may hold its own things below the region it shares: Linux UML's does."""
+    host = MockHost(PAGES)
+    first_address = 600 * PAGE
+    layout = layout_at(first_address, 16)
+    driver = DriverRing(host.memory, layout)
+    driver.format()
+    ring = DeviceRing(host.memory, layout, first_address=first_address)
+    buffers = [(first_address - 1, 2), (0, 8), (first_address, 8), (first_address - PAGE, PAGE)]
+    for buffer in buffers:
+        driver.add([buffer], [], None)
+    driver.publish()
+    assert [chain.readable for chain in ring.pop_all()] == [[(first_address, 8)]]
+    assert [error.kind for error in ring.take_errors()] == ["address_range"] * 3
+    with pytest.raises(GuestProtocolError, match="ring_layout"):
+        DeviceRing(host.memory, layout_at(first_address - 16, 16), first_address=first_address)
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_hazard_9_one_pass_takes_only_so_many_bytes_to_read(chained: bool):
+    host = MockHost(PAGES, ring_size=64)
+    ring = host.rings[QUEUE_INFLATE]
+    for _ in range(20):
+        buffers = [(64 * PAGE, 50), (64 * PAGE, 50)] if chained else [(64 * PAGE, 100)]
+        host.guest.rings[QUEUE_INFLATE].add(buffers, [], None)
+    host.guest.rings[QUEUE_INFLATE].publish()
+    portions = []
+    while chains := ring.pop_all(readable_bytes_max=350):
+        portions.append(len(chains))
+    assert portions == [4] * 5
+
+
+def test_what_a_guest_writes_over_the_available_ring_does_not_confuse_an_unpop(host: MockHost):
+    host.guest.inflate([1])
+    ring = host.rings[QUEUE_INFLATE]
+    chain = ring.pop()
+    assert chain is not None
+    assert ring.newest == chain.head
+    layout = host.guest.layouts[QUEUE_INFLATE]
+    host.memory[layout.avail + 4 : layout.avail + 6] = b"\xff\xff"
+    ring.unpop(chain.head)
+    assert (ring.next_avail, ring.newest) == (0, None)
