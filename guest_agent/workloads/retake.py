@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from guest_agent.workloads.options import Options
 
 PAGES_DEFAULT = 64
+BLOCK_PAGES = 1024
 
 
 class Retake(Freed):
@@ -54,18 +55,14 @@ class Retake(Freed):
         """Between giving the hints and kicking the device; see HintReport.before_kick.
 
         Raises:
-            GuestAgentError: none of the hinted pages could be had, or the device was faster.
+            GuestAgentError: only some of the pages could be had, or the device was faster.
         """
         if self._kept or not pfn_first.size:
             return
-        buddy = self._guest.buddy
         give_back(self._pages)  # a driver that holds its blocks gives some up, as under memory pressure
-        pfns = buddy.alloc_bulk(self._pages, kind=FrameKind.ANON, owner=self.id)
-        block = np.searchsorted(np.sort(pfn_first), pfns, side="right").astype(np.int64) - 1
-        order = np.argsort(pfn_first)
-        ends = (pfn_first + page_count)[order]
-        if not ((block >= 0) & (pfns < ends[block])).all():
-            raise GuestAgentError(f"workload {self.name}: not all of its {pfns.size} pages were hinted")
+        pfns = self._take_hinted(np.sort(pfn_first), (pfn_first + page_count)[np.argsort(pfn_first)])
+        if not pfns.size:
+            return  # a driver that waits for acknowledgements gives nothing up: the race cannot be had
         self._content.fill(self._guest.ram, pfns)
         self._kept = self.operations = int(pfns.size)
         self._tell_kept()
@@ -73,6 +70,26 @@ class Retake(Freed):
             raise GuestAgentError(
                 f"workload {self.name}: the device was faster than the write: not that schedule"
             )
+
+    def _take_hinted(self, starts: U64Array, ends: U64Array) -> U64Array:
+        """Allocate pages that lie in the ranges [start, end); what else the allocator hands out goes back."""
+        buddy, frames = self._guest.buddy, self._guest.frames
+        hinted = np.empty(0, dtype=np.uint64)
+        with buddy.lock:  # the pages in between are nobody's loss
+            others = []
+            while hinted.size < self._pages and buddy.free_pages:
+                count = min(BLOCK_PAGES, buddy.free_pages)
+                pfns = buddy.alloc_bulk(count, kind=FrameKind.ANON, owner=self.id)
+                block = np.searchsorted(starts, pfns, side="right").astype(np.int64) - 1
+                inside = (block >= 0) & (pfns < ends[block])
+                hinted = np.concatenate((hinted, pfns[inside]))
+                others.append(pfns[~inside])
+            buddy.free_bulk(np.concatenate([hinted[self._pages :], *others]))
+            hinted = hinted[: self._pages]
+            if 0 < hinted.size < self._pages:
+                raise GuestAgentError(f"workload {self.name}: only {hinted.size} hinted pages could be had")
+            frames.index[hinted.astype(np.int64)] = np.arange(self._pages, dtype=np.uint32)
+        return hinted
 
     def _tell_kept(self) -> None:
         self._guest.oracle.append(
