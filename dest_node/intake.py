@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from migration.pages import U64Array
     from migration.pb import migration_pb2
 
+SILENCE_S = 10.0  # Prepare follows the last page, and the stream follows Open, within milliseconds
 JOIN_TIMEOUT_S = 10.0  # a writer stores one chunk in about a millisecond; it ends before it takes another
 
 log = structlog.get_logger()
@@ -54,6 +55,7 @@ class Intake:
         self._integrity = "full"
         self._prepare: migration_pb2.PrepareRequest | None = None
         self._restored = False
+        self._silence = threading.Timer(0.0, lambda: None)
         self._reply = do.Reply(told.Answer.UNKNOWN)
         self._found_hashes: U64Array | None = None
         self.verify_ns = 0
@@ -84,6 +86,7 @@ class Intake:
                     self._fresh = None
             self._integrity = integrity
             assert self._receiver is not None, "an opened attempt has memory"
+            self._expect_life(self._receiver)
             return self._receiver.incarnation
 
     def receiver(self) -> PageReceiver:
@@ -93,11 +96,31 @@ class Intake:
                 raise RemoteProtocolError(f"no pages are expected in phase {self._machine.phase.name}")
             return self._receiver
 
-    def stream_broken(self, receiver: PageReceiver, reason: str) -> None:
-        """The stream that fed `receiver` ended otherwise than by the source's half-close."""
+    def stream_ended(self, receiver: PageReceiver, broken: str) -> None:
+        """The stream that fed `receiver` is over; `broken` says why, unless the source half-closed it."""
         with self._lock:
-            if receiver is self._receiver and self._machine.allows(told.StreamBroken):
-                self._drive(told.StreamBroken(reason))
+            if receiver is not self._receiver or not self._machine.allows(told.StreamBroken):
+                return
+            if broken:
+                self._drive(told.StreamBroken(broken))
+            else:
+                self._expect_life(receiver)
+
+    def _expect_life(self, receiver: PageReceiver) -> None:
+        """Give the attempt up if nobody sends and nobody prepares for a while."""
+        self._silence.cancel()
+        self._silence = threading.Timer(SILENCE_S, self._silent, (receiver,))
+        self._silence.daemon = True
+        self._silence.start()
+
+    def _silent(self, receiver: PageReceiver) -> None:
+        with self._lock:
+            if (
+                receiver is self._receiver
+                and self._machine.phase is DestPhase.RECEIVING
+                and not receiver.streaming
+            ):
+                self._drive(told.StreamBroken(f"the source was silent for {SILENCE_S:g} s"))
 
     def prepare(self, key: AttemptKey, request: migration_pb2.PrepareRequest) -> do.Reply:
         """Verify, restore, record PREPARED."""
@@ -140,6 +163,7 @@ class Intake:
 
     def stop(self) -> None:
         """The host ends: an attempt that is only being received is given up."""
+        self._silence.cancel()
         with self._lock:
             if self._machine.phase is DestPhase.RECEIVING:
                 self._drive(told.StreamBroken("the destination node is stopping"))

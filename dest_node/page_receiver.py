@@ -4,13 +4,14 @@ Rule 1: a chunk is stored only if it belongs to this incarnation and attempt, is
         inside RAM, and every page has the hash that came with it; else nothing of it is stored and the stream ends.
 Rule 2: a zero record costs nothing where our page is known zero; where it is not, the page is punched.
 Rule 3: a page that no chunk named is never touched.
-Rule 4: one stream at a time, and `join` returns only when no writer is left and none can come.
+Rule 4: one stream at a time, and `join` returns only when nothing is being stored and nothing can be any more.
 """
 
 from __future__ import annotations
 
 import threading
 import uuid
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 COMPARED_PAGES = 1 << 16
 
 
+@dataclass(eq=False, slots=True)
+class PageStreamIn:
+    """One open stream, and how to end its call."""
+
+    cut: Callable[[], object]
+
+
 class PageReceiver:
     """One attempt's memory and what is known of it."""
 
@@ -38,53 +46,51 @@ class PageReceiver:
         self.stored_hashes: U64Array = np.zeros(ram.pages, np.uint64)  # 0: never named by a chunk
         self.stored_chunks = 0
         self._known_zero = np.ones(ram.pages, np.bool_)
-        self._writing = threading.Lock()
+        self._storing = threading.Lock()  # held while one chunk is stored, and for closing
         self._closed = False
-        self._abandoned = False
-        self._cut: Callable[[], object] = lambda: None
+        self._stream: PageStreamIn | None = None
 
     @property
     def streaming(self) -> bool:
         """Whether a stream is open."""
-        return self._writing.locked()
+        return self._stream is not None
 
-    def begin_stream(self, cut: Callable[[], object]) -> None:
-        """Become the one writer; `cut` ends its call from outside.
+    def begin_stream(self, cut: Callable[[], object]) -> PageStreamIn:
+        """Become the one stream; `cut` ends its call from outside.
 
         Raises:
-            RemoteProtocolError: there is a writer, or it is too late for any.
+            RemoteProtocolError: there is one, or it is too late for any.
         """
-        if not self._writing.acquire(blocking=False):
-            raise RemoteProtocolError("there is a page stream already")
-        if self._closed:
-            self._writing.release()
-            raise RemoteProtocolError("this attempt takes no more pages")
-        self._cut = cut
+        with self._storing:
+            if self._closed:
+                raise RemoteProtocolError("this attempt takes no more pages")
+            if self._stream is not None:
+                raise RemoteProtocolError("there is a page stream already")
+            self._stream = PageStreamIn(cut)
+            return self._stream
 
-    def end_stream(self) -> None:
-        """The stream's handler has stored its last chunk."""
-        self._writing.release()
-        if self._abandoned:
-            self.ram.close()
+    def end_stream(self, stream: PageStreamIn) -> None:
+        """The stream's call is over; another one may begin. Idempotent."""
+        if self._stream is stream:
+            self._stream = None
 
     def join(self, timeout_s: float) -> bool:
-        """Take no more pages; wait for the writer to end. False when it does not in time."""
+        """Take no more pages; wait for the chunk that is being stored. False when that does not end in time."""
         self._closed = True
-        if not self._writing.acquire(timeout=timeout_s):
+        if not self._storing.acquire(timeout=timeout_s):
             return False
-        self._writing.release()
+        self._storing.release()
         return True
 
     def abandon(self, timeout_s: float) -> bool:
-        """Cut the writer's call, join it and give the memory back; False when it does not end in time.
+        """Cut the stream, join it and give the memory back; False when a store does not end in time.
 
-        A writer that still ends later stores at most one chunk, into memory that nobody uses any more, and
-        gives it back itself.
+        Such a store, should it ever end, writes into memory that nobody else uses: it stays ours until then.
         """
         self._closed = True
-        self._cut()
+        if (stream := self._stream) is not None:
+            stream.cut()
         ended = self.join(timeout_s)
-        self._abandoned = True
         if ended:
             self.ram.close()
         return ended
@@ -97,6 +103,12 @@ class PageReceiver:
             OSError: this host cannot store it (memory).
         """
         chunk = decode_chunk(message, pages=self.ram.pages)
+        verify(chunk)
+        with self._storing:
+            self._store(chunk)
+        return chunk
+
+    def _store(self, chunk: DecodedChunk) -> None:
         header = chunk.header
         if self._closed or (header.incarnation, header.attempt) != (self.incarnation, self.attempt):
             raise RemoteProtocolError("the chunk is of another stream", incarnation=header.incarnation)
@@ -104,11 +116,9 @@ class PageReceiver:
             raise RemoteProtocolError(
                 "chunk out of sequence", expected=self.stored_chunks, sequence=header.sequence
             )
-        verify(chunk)
         self._store_data(chunk)
         self._store_zero(chunk)
         self.stored_chunks += 1
-        return chunk
 
     def _store_data(self, chunk: DecodedChunk) -> None:
         if not chunk.data_page_count:

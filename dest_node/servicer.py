@@ -2,11 +2,14 @@
 
 Rule 1: a peer's mistake is INVALID_ARGUMENT or FAILED_PRECONDITION with one line; lack of room is
         RESOURCE_EXHAUSTED. Nothing a peer sends ends this process.
-Rule 2: the page stream acknowledges every ACK_EVERY chunks, and at once when a chunk carries no pages.
+Rule 2: a page stream that ends otherwise than by the source's half-close is told to the intake, once, whatever
+        state its generator is in.
+Rule 3: the page stream acknowledges every ACK_EVERY chunks, and at once when a chunk carries no pages.
 """
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -99,24 +102,34 @@ class MigrationServicer:
         """Raw chunks in, cumulative acknowledgements out."""
         with answered(context):
             receiver = self._intake.receiver()
-            receiver.begin_stream(context.cancel)
-        reason = "the page stream was cut"
+            stream = receiver.begin_stream(context.cancel)
+        broken = ["the page stream was cut"]
+
+        def over() -> None:
+            receiver.end_stream(stream)
+            # Not on gRPC's thread: it may have to wait for the intake, and for the guest agent behind it.
+            arguments = (receiver, broken[0] if broken else "")
+            threading.Thread(target=self._intake.stream_ended, args=arguments, daemon=True).start()
+
+        # The call's end, not this generator's: gRPC never resumes a generator whose caller went away.
+        if not context.add_callback(over):
+            over()
+            return
         try:
             yield from self._store(receiver, messages)
-            # A cancelled call ends its iterator like a half-close does; only a live call was closed in order.
-            reason = "" if context.is_active() else reason
         except ProtocolError as error:
-            reason = f"bad page chunk: {' '.join(str(error).split())}"
-            abort(context, grpc.StatusCode.INVALID_ARGUMENT, reason)
+            broken[0] = f"bad page chunk: {' '.join(str(error).split())}"
+            abort(context, grpc.StatusCode.INVALID_ARGUMENT, broken[0])
         except (OSError, HostError) as error:
-            reason = f"cannot store pages: {error}"
-            abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+            broken[0] = f"cannot store pages: {error}"
+            abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, broken[0])
         except grpc.RpcError:  # raised by the iterator when the source's connection is gone
             log.info("page_stream_cut", stored_chunks=receiver.stored_chunks)
-        finally:
-            receiver.end_stream()
-            if reason:
-                self._intake.stream_broken(receiver, reason)
+            return
+        # A source that died may look like one that half-closed, for a moment. What follows tells: the intake
+        # gives an attempt up that is neither sent to nor prepared.
+        if context.is_active():
+            broken.clear()
 
     @staticmethod
     def _store(receiver: PageReceiver, messages: Iterator[bytes]) -> Iterator[migration_pb2.ChunkAck]:
