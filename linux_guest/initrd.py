@@ -26,7 +26,7 @@ INIT: Final = f"""#!/bin/busybox sh
 /bin/busybox mount -t devtmpfs none /dev
 /bin/busybox mount -t proc none /proc
 /bin/busybox mount -t sysfs none /sys
-/bin/busybox mount -t tmpfs none /tmp
+/bin/busybox mount -t tmpfs -o size=95% none /tmp
 /bin/busybox --install -s /bin
 export PATH=/bin
 for line in /dev/ttyS0 /dev/ttyS1; do stty -F $line raw -echo; done

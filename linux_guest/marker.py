@@ -54,7 +54,7 @@ class Marker:
 
     def start(self) -> None:
         """Have the pages allocated and written. Raises GuestSilentError."""
-        size = 2 * (self._pages + 2) * PAGE_BYTES  # never full, so that it waits for more
+        size = (self._pages + 3) * PAGE_BYTES  # one page more than comes, so that it waits for it
         last = self._first + self._pages + 1
         source = f"(printf '%0{PAGE_BYTES - 1}d\\n' $(seq {self._first} {last}); cat {self._fifo})"
         holder = f"dd bs={size} iflag=fullblock of=/dev/null 2>/dev/null"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from linux_guest.frame_table import HELD
-from tests.interop.stock_guest import needs_linux, stock_guest
+from tests.interop.stock_guest import needs_linux, stock_guest, wait_until
 from virtio.balloon import F_FREE_PAGE_HINT, F_PAGE_POISON, F_REPORTING, F_STATS_VQ, has, mask
 from virtio.balloon_device import FEATURES_DEFAULT
 
@@ -53,3 +53,16 @@ def test_queues_are_found_however_few_there_are(tmp_path, without, numbering):
         status = guest.device.status()
         assert status.queue_numbering == numbering
         assert status.guest_errors == {}
+
+
+def test_free_page_reporting_gives_memory_back_to_the_host(tmp_path):
+    with stock_guest(tmp_path, memory_bytes=MEMORY_BYTES) as guest:
+        assert has(guest.device.status().features, F_REPORTING)
+        guest.linux.sh("dd if=/dev/urandom of=/tmp/fill bs=1M count=100 2>/dev/null", 60)
+        full, before = guest.ram.resident_bytes(), guest.device.status()
+        guest.linux.sh("rm /tmp/fill")
+        wait_until(lambda: guest.ram.resident_bytes() < full - (60 << 20), "most of 100 MiB leaves the host")
+        after = guest.device.status()
+        assert after.reported_pages - before.reported_pages >= (60 << 20) // 4096
+        assert after.released_pages - before.released_pages == after.reported_pages - before.reported_pages
+        assert after.guest_errors == {}
