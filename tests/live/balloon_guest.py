@@ -35,9 +35,14 @@ def wait_until(true: Callable[[], bool], what: str, timeout_s: float = 10.0) -> 
 class Guest:
     """RAM, allocator and balloon with their threads; no workload but the test."""
 
-    def __init__(self, path: Path, memory_bytes: int, **options: Any) -> None:
-        self.ram = GuestRam.create(memory_bytes)
-        boot = BootPage.format(self.ram)
+    def __init__(self, path: Path, memory_bytes: int, *, memfd: int | None = None, **options: Any) -> None:
+        """A new guest, or with `memfd` one that goes on in the memory of another (`balloon.restore` it)."""
+        if memfd is None:
+            self.ram = GuestRam.create(memory_bytes)
+            boot = BootPage.format(self.ram)
+        else:
+            self.ram = GuestRam.adopt(memfd, memory_bytes)
+            boot = BootPage.open(self.ram)
         self.frames = FrameTable(self.ram, boot)
         self.buddy = BuddyAllocator(self.ram, boot, self.frames)
         self.area = RingArea(boot.ring_address)

@@ -7,6 +7,7 @@ deadlocked the historic driver does so here too, while ours does not.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from host.balloon_server import BalloonServer
 from host.device_log import DeviceLog
 from host.guest_memory import HostRam
 from tests.live.balloon_guest import Guest, fixture_device, fixture_guests, wait_until
-from virtio.balloon import F_SG, has
+from virtio.balloon import F_SG, BalloonConfig, has
 from virtio.balloon_device import FEATURES_DEFAULT
 
 guests = fixture_guests
@@ -189,6 +190,42 @@ def test_pages_that_cannot_be_recorded_are_free_again(
     guest.balloon._pages._runs[0]._bitmap = XBitmap()  # type: ignore[attr-defined]
     guest.gate.open()
     resize(guest, device, 9001)
+
+
+@pytest.mark.parametrize("sg", [True, False], ids=["runs", "arrays"])
+def test_a_guest_saved_with_pages_in_flight_goes_on_with_them_elsewhere(
+    guests: Callable[..., Guest], tmp_path: Path, sg: bool
+) -> None:
+    """What the device had not answered is in the rings; what never went out was given back and is no state."""
+    guest = guests(1 << 30, sg=sg)
+    free = guest.buddy.free_pages
+    guest.balloon.negotiate(FEATURES_DEFAULT)
+    guest.start(connect=False)
+    guest.balloon.config_changed(BalloonConfig(num_pages=200_000))
+    pages = guest.balloon._pages
+    wait_until(
+        lambda: pages.inflate.pages_in_flight > 0 and pages.inflate.recorded_pages > 0, "a batch ahead"
+    )
+    guest.gate.pause()
+    guest.balloon.settle()
+    in_flight = pages.inflate.pages_in_flight
+    assert (guest.buddy.free_pages, pages.inflate.recorded_pages) == (free - in_flight, 0)
+    saved = json.loads(json.dumps([guest.balloon.save(), guest.balloon.save_rings()]))
+    assert len(json.dumps(saved)) < 16 * 1024
+
+    device = BalloonServer(tmp_path / "vhost", sink=lambda _: None, log=DeviceLog())
+    device.start()
+    try:
+        other = guests(1 << 30, sg=sg, memfd=os.dup(guest.ram.fd))
+        other.balloon.restore(*saved)
+        other.start()
+        wait_until(lambda: device.status().ready, "balloon ready")
+        resize(other, device, 200_000)
+        assert device.status().inflated_pages == 200_000, "each page once"
+        resize(other, device, 0)
+        assert other.buddy.check() == []
+    finally:
+        device.stop()
 
 
 # --- out of memory ------------------------------------------------------------------------------------
