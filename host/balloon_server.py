@@ -81,6 +81,7 @@ class BalloonServer:
             self._take_up(self._store)
         self._loop = CallLoop("balloon-device")
         self._listener: socket.socket | None = None
+        self._spare_fd = -1  # given up for a moment to turn a front-end away when there is no other
         self._connection: VhostConnection | None = None
         self._connection_errors: Counter[str] = Counter()
 
@@ -93,6 +94,7 @@ class BalloonServer:
         except BaseException:
             self._loop.stop()
             raise
+        self._spare_fd = _spare()
         self._loop.watch(self._listener.fileno(), READ, self._accept)
         self._loop.start()
 
@@ -111,6 +113,7 @@ class BalloonServer:
         self._keep_or_count()
         self._loop.unwatch(listener.fileno())
         listener.close()
+        self._give_spare_up()
         with contextlib.suppress(FileNotFoundError):  # somebody cleaned up before us
             os.unlink(self.socket_path)  # noqa: PTH108
 
@@ -373,10 +376,28 @@ class BalloonServer:
             connection, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return  # gone before it was served
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self._connection_errors["no_descriptors"] += 1
+            self._turn_away(listener)
+            return
         self._drop()
         self._connection = VhostConnection(
             connection, self._loop, self._queues, on_gone=self._gone, on_write=self._driver_wrote
         )
+
+    def _turn_away(self, listener: socket.socket) -> None:
+        """There is no descriptor for who waits. Left there, it would wake the loop for ever; it may come again."""
+        self._give_spare_up()
+        with contextlib.suppress(OSError):  # somebody else took the descriptor: the next turn tries again
+            listener.accept()[0].close()
+            self._spare_fd = _spare()
+
+    def _give_spare_up(self) -> None:
+        if self._spare_fd >= 0:
+            os.close(self._spare_fd)
+            self._spare_fd = -1
 
     def _gone(self, kind: str) -> None:
         if kind:
@@ -393,6 +414,10 @@ class BalloonServer:
     def _announce(self) -> None:
         if self._connection is not None:
             self._connection.announce()
+
+
+def _spare() -> int:
+    return os.eventfd(0, os.EFD_CLOEXEC)
 
 
 def listen(path: str) -> socket.socket:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import itertools
 import mmap
 import os
@@ -60,9 +61,11 @@ class HostRam:
     @classmethod
     def create(cls, memory_bytes: int) -> Self:
         """Fresh RAM in a memfd of our own: all holes, known zero."""
-        fd = os.memfd_create("ballast-ram", os.MFD_CLOEXEC)
+        fd = os.memfd_create("ballast-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, memory_bytes)
+            # A guest agent gets this descriptor: a file that shrinks would be SIGBUS for us.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             return cls(fd, memory_bytes)
         except BaseException:
             os.close(fd)

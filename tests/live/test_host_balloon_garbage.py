@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import socket
 import struct
 
@@ -138,3 +139,44 @@ def test_a_guest_that_never_takes_its_interrupts_holds_nobody_up(host, guest):
     guest.driver.inflate([50 * BLOCK_PAGES])
     guest.kick(QUEUE_INFLATE)
     wait_for(lambda: host.server.status().inflated_pages == 1)
+
+
+def test_a_front_end_that_comes_while_the_device_stops_is_not_served_and_ends_nothing(host):
+    """`stop` was called and its turn has not come: the loop looks at the listener first."""
+    listener = host.server._listener
+    with socket.socket(socket.AF_UNIX) as late:
+        late.connect(str(host.path))
+
+        def stopping():
+            host.server._listener = None
+            host.server._accept()
+            host.server._listener = listener
+
+        host.server._loop.call(stopping)
+    assert host.server.status().connection_errors == {}
+
+
+def test_a_device_without_descriptors_turns_front_ends_away_and_serves_the_next(host):
+    """Whoever waits would wake the loop for ever otherwise."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wild = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_fds()) + 1, limits[1]))
+    filling = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                filling.append(os.eventfd(0))
+        for connection in wild:
+            connection.connect(str(host.path))
+            connection.settimeout(WAIT_S)
+            assert connection.recv(1) == b""
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in filling:
+            os.close(fd)
+        for connection in wild:
+            connection.close()
+    assert host.server.status().connection_errors == {"no_descriptors": 3}
+    guest = Guest(host.path)
+    assert host.server.status().ready
+    guest.close()
