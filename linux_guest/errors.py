@@ -28,3 +28,7 @@ class GuestSilentError(LinuxGuestError):
 
 class FrameTableError(LinuxGuestError):
     """The guest kernel's frame table cannot be read, or does not agree with what the guest says itself."""
+
+
+class WorkloadError(LinuxGuestError):
+    """A Linux guest has no such workload, or the workload no such option."""

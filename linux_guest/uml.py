@@ -195,11 +195,16 @@ class LinuxGuest:
         """Until init obeys. Raises GuestSilentError."""
         self._until(initrd.READY, timeout_s)
 
-    def end(self) -> None:
-        """Power off, then end every process. Idempotent."""
+    def wait_for_end(self) -> None:
+        """Until the kernel has ended, however it does; for a thread of its own."""
+        with contextlib.suppress(ChildProcessError):  # `alive` or `kill` has reaped it
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+
+    def end(self, *, power_off: bool = True) -> None:
+        """Power off if asked to, then end every process. Idempotent."""
         if self._process is None:
             return
-        if self.alive:
+        if power_off and self.alive:
             with contextlib.suppress(BrokenPipeError):
                 os.write(self._commands_fd, b"poweroff -f\n")
             with contextlib.suppress(subprocess.TimeoutExpired):
