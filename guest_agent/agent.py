@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from guest_agent.balloon_options import BalloonOptions
 from guest_agent.control import ControlServer, Reply, Request
 from guest_agent.errors import GuestAgentError, OperationRefused, OutOfMemory, RestoreError, WorkloadError
 from guest_agent.machine import Machine
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from guest_agent.balloon_options import BalloonOptions
     from guest_agent.machine import MachineOptions
 
 __all__ = ["Agent", "State"]
@@ -61,6 +61,7 @@ OPERATIONS: dict[str, frozenset[State]] = {
     "ram": GUEST,
     "pause": frozenset({State.RUNNING, State.PAUSED, State.FROZEN}),
     "resume": frozenset({State.RUNNING, State.PAUSED}),
+    "reload_balloon": frozenset({State.RUNNING}),
     "throttle": frozenset({State.RUNNING, State.PAUSED}),
     "save": frozenset({State.PAUSED, State.FROZEN}),
     "restore": frozenset({State.STANDBY}),
@@ -100,6 +101,7 @@ class Agent:
             "ram": self._ram,
             "pause": self._pause,
             "resume": self._resume,
+            "reload_balloon": self._reload_balloon,
             "throttle": self._throttle,
             "save": self._save,
             "restore": self._restore,
@@ -258,6 +260,17 @@ class Agent:
             self._guest().resume()
             self._state = State.RUNNING
         return Reply()
+
+    def _reload_balloon(self, request: Request) -> Reply:
+        machine = self._guest()
+        present = machine.balloon.options
+        try:
+            options = BalloonOptions.from_dict({**present.to_dict(), **request.fields["options"]})
+        except ValueError as error:
+            raise OperationRefused(str(error)) from error
+        if options.poison != present.poison:
+            raise OperationRefused("what freed memory is filled with is the guest's, and does not change")
+        return Reply({"features": machine.reload_driver(options)})
 
     def _throttle(self, request: Request) -> Reply:
         self._guest().vcpu.throttle_percent = request.fields["percent"]

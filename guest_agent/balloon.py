@@ -11,7 +11,6 @@ Rule 5: when memory is out, the thread that needs it deflates by itself, 256 pag
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import threading
@@ -19,9 +18,10 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from guest_agent.balloon_options import HINTS_HOLD, BalloonOptions
+from guest_agent.balloon_options import BalloonOptions
 from guest_agent.balloon_pages import BATCH_PAGES, BalloonPages
 from guest_agent.errors import RestoreError
+from guest_agent.front_end import drain
 from guest_agent.hint_report import ROOM_WAIT_S_MAX
 from guest_agent.hint_walk import hint_report
 from guest_agent.memory_queues import MemoryQueues
@@ -34,10 +34,10 @@ from virtio.balloon import (
     QUEUE_DEFLATE,
     QUEUE_HINT,
     QUEUE_INFLATE,
+    BalloonConfig,
     has,
 )
 from virtio.balloon_driver import (
-    BalloonDriver,
     ConfigChanged,
     DeflatePfns,
     InflatePfns,
@@ -66,7 +66,6 @@ if TYPE_CHECKING:
     from guest_agent.hint_report import BeforeKick
     from guest_agent.ram import GuestRam
     from guest_agent.ring_area import RingArea
-    from virtio.balloon import BalloonConfig
     from virtio.balloon_driver import DriverCommand, DriverEvent
 
 __all__ = ["Balloon"]
@@ -96,13 +95,8 @@ class Balloon:
         self._front_end = front_end
         self._gate = gate
         self._lock = threading.RLock()
-        self._options = options
-        self._driver = BalloonDriver(
-            wanted=options.features,
-            batch_pages=BATCH_PAGES,
-            poison=options.poison,
-            holds_hinted=options.hints == HINTS_HOLD,
-        )
+        self.options = options
+        self._driver = options.driver(BATCH_PAGES)
         self._rings = [DriverRing(ram.memory, layout) for layout in area.layouts]
         kicks = [partial(front_end.kick, queue) for queue in range(len(self._rings))]
         self._pages = BalloonPages(self._rings, area, ram.memory, kicks, frames=frames, buddy=buddy)
@@ -126,6 +120,7 @@ class Balloon:
         self._config: BalloonConfig | None = None  # read and not yet handled
         self._first_config = False  # the next one is the first of a newly connected device
         self._forget_command_id = False  # that device never issued the id reported last
+        self._unloading = False
         self._actual_to_write: int | None = None
         self._report_moved_at = 0.0
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -167,7 +162,7 @@ class Balloon:
     def facts(self) -> dict[str, Any]:
         """What the guest's side of the balloon has done, for reports; all JSON."""
         return {
-            "options": self._options.to_dict(),
+            "options": self.options.to_dict(),
             "features": self._driver.features,
             "reported_pages": self._queues.reported_pages,
             "allocate_ms": self._pages.allocate_ns / 1e6,
@@ -212,7 +207,7 @@ class Balloon:
     # --- the thread ---
 
     def run(self) -> None:
-        """Do what is to be done, then wait for the device or the front-end.
+        """Do what is to be done, then wait for the device or the front-end; return when the driver was removed.
 
         Raises:
             GateShut: the agent ends.
@@ -221,7 +216,7 @@ class Balloon:
         waiting = select.poll()
         for fd in (self._wake_fd, *self._front_end.call_fds):
             waiting.register(fd, select.POLLIN)
-        while True:
+        while not self._removed:
             with self._gate:
                 with self._lock:
                     busy = self._turn()
@@ -231,12 +226,27 @@ class Balloon:
                     self.allocate_ahead(wanted)
                     busy = True
             self._tell_actual()
-            if not busy:
+            if not busy and not self._removed:
                 waiting.poll(None if patience_s is None else patience_s * 1000)
 
     def wake(self) -> None:
         """Make the thread look; from any thread."""
         os.eventfd_write(self._wake_fd, 1)
+
+    def unload(self) -> None:
+        """Give everything back to guest and host, as a driver that is removed; `run` returns when that is done."""
+        with self._lock:
+            self._unloading = True
+            self._config = self._config or BalloonConfig(actual=self._driver.actual)
+        self.wake()
+
+    def detach(self) -> None:
+        """The device is stopped and will not come back to this driver: what it still had is the guest's again."""
+        self._buddy.remove_pressure_hook(self._report.give_back)
+        self._buddy.remove_pressure_hook(self._deflate_for_memory)
+        self._report.wait_on_ack = False
+        self._report.release()
+        self._queues.reset()
 
     def settle(self) -> None:
         """After the rings stopped: take back what the device used and what never went out, to leave no state."""
@@ -249,7 +259,7 @@ class Balloon:
         """The driver's part of the vCPU state."""
         with self._lock:
             return {
-                "options": self._options.to_dict(),
+                "options": self.options.to_dict(),
                 "driver": self._driver.save(),
                 "pages": self._pages.save(),
                 "report": self._report.save(),
@@ -327,7 +337,7 @@ class Balloon:
     def _turn(self) -> bool:
         """One bounded piece of work; whether there is more to do at once."""
         for fd in (self._wake_fd, *self._front_end.call_fds):
-            _drain(fd)
+            drain(fd)
         self._look_at_config()
         self._take_acknowledged()
         if self._pages.inflate.recorded_pages > self._driver.inflation_left:
@@ -351,6 +361,8 @@ class Balloon:
             self._forget_command_id = False
         config, self._config = self._config, None
         if config is not None:
+            if self._unloading:  # whatever the host wants, this driver wants to be empty
+                config = BalloonConfig(actual=config.actual, free_page_hint_cmd_id=CMD_ID_DONE)
             self._obey(ConfigChanged(config))
             if config.actual != self._driver.actual:  # a device that started anew
                 self._actual_to_write = self._driver.actual
@@ -438,6 +450,11 @@ class Balloon:
         return self._report.has_work
 
     @property
+    def _removed(self) -> bool:
+        busy = self._driver.actual or self._asked or self._pages_in_flight or self._report.is_open
+        return self._unloading and not busy
+
+    @property
     def _wants_retry(self) -> bool:
         return self._driver.num_pages > self._driver.actual and not self._pages.inflate.pages_in_flight
 
@@ -478,15 +495,4 @@ class Balloon:
         """Wait until the device answers on the inflate or deflate queue; False when it does not in time."""
         if not self._pages_in_flight:
             return False  # the driver may not deflate on OOM, or has nothing left
-        waiting = select.poll()
-        for queue in (QUEUE_INFLATE, QUEUE_DEFLATE):
-            waiting.register(self._front_end.call_fds[queue], select.POLLIN)
-        ready = waiting.poll(max(0.0, deadline - time.monotonic()) * 1000)
-        for fd, _ in ready:
-            _drain(fd)
-        return bool(ready)
-
-
-def _drain(eventfd: int) -> None:
-    with contextlib.suppress(BlockingIOError):  # nothing was signalled
-        os.eventfd_read(eventfd)
+        return self._front_end.wait_for_call((QUEUE_INFLATE, QUEUE_DEFLATE), deadline)

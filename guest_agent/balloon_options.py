@@ -24,6 +24,7 @@ from virtio.balloon import (
     U32_MAX,
     mask,
 )
+from virtio.balloon_driver import BalloonDriver
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,6 +75,15 @@ class BalloonOptions:
         }
         wanted = [bit for bit, on in chosen.items() if on]
         return mask(*wanted, F_RING_INDIRECT_DESC, F_VERSION_1)
+
+    def driver(self, batch_pages: int) -> BalloonDriver:
+        """The driver's logic with these options."""
+        return BalloonDriver(
+            wanted=self.features,
+            batch_pages=batch_pages,
+            poison=self.poison,
+            holds_hinted=self.hints == HINTS_HOLD,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` reads it back."""

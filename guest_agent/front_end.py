@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from virtio.split_ring import RingLayout
     from virtio.vhost_user import Action, Event
 
-__all__ = ["Driver", "FrontEnd"]
+__all__ = ["Driver", "FrontEnd", "drain"]
 
 RETRY_S = 0.02  # a node restarts in tenths of a second; looking is one system call
 EXCHANGE_S_MAX = 1.0  # below the patience of a pause: a node that hangs does not make the guest unpausable
@@ -96,6 +96,7 @@ class FrontEnd:
         self._log = structlog.get_logger(component="front_end")
         self._driver: Driver | None = None
         self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._main: socket.socket | None = None
         self._channel: socket.socket | None = None
         self._session: FrontendSession | None = None
@@ -106,6 +107,11 @@ class FrontEnd:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._kick_fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(QUEUE_COUNT)]
         self.call_fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(QUEUE_COUNT)]
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait until a device serves the rings; False when none does in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._running, timeout_s)
 
     @property
     def ready(self) -> bool:
@@ -119,6 +125,29 @@ class FrontEnd:
     def kick(self, queue: int) -> None:
         """Tell the device that a queue has new buffers."""
         os.eventfd_write(self._kick_fds[queue], 1)
+
+    def wait_for_call(self, queues: Sequence[int], deadline: float) -> bool:
+        """Wait until the device interrupts for one of these queues; False when it does not in time."""
+        waiting = select.poll()
+        for queue in queues:
+            waiting.register(self.call_fds[queue], select.POLLIN)
+        ready = waiting.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        for fd, _ in ready:
+            drain(fd)
+        return bool(ready)
+
+    def reset_device(self) -> None:
+        """Let the device forget this driver: end the connection; `run` makes a new one, which negotiates anew.
+
+        The rings were stopped before, and their memory is zeroed before they are started again.
+        """
+        with self._lock:
+            assert not self._wanted, "the rings still run"
+            self._bases = None
+            self._session = None
+            if self._main is not None:
+                with contextlib.suppress(OSError):  # it is gone already
+                    self._main.shutdown(socket.SHUT_RDWR)
 
     def wake(self) -> None:
         """Make `run` look whether it shall end."""
@@ -276,6 +305,7 @@ class FrontEnd:
         ]
         self._exchange(self._session.start_rings(rings))
         self._running = True
+        self._changed.notify_all()
         self._bases = None
         for queue in self._queues():
             self.kick(queue)  # buffers may wait whose kick went to a device before this one
@@ -315,6 +345,12 @@ class FrontEnd:
             if session.idle:
                 return events
             actions = session.feed(_receive(main, deadline))
+
+
+def drain(eventfd: int) -> None:
+    """Take back what an eventfd was signalled."""
+    with contextlib.suppress(BlockingIOError):  # nothing was signalled
+        os.eventfd_read(eventfd)
 
 
 def _send(connection: socket.socket, message: Message) -> None:

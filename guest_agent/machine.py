@@ -21,7 +21,7 @@ from guest_agent.boot import BootPage
 from guest_agent.buddy import BuddyAllocator
 from guest_agent.clock import GuestClock, host_now_ns
 from guest_agent.compaction import Compaction
-from guest_agent.errors import RestoreError
+from guest_agent.errors import OperationRefused, RestoreError
 from guest_agent.frames import FrameTable
 from guest_agent.front_end import FrontEnd
 from guest_agent.gate import PauseGate
@@ -45,6 +45,7 @@ __all__ = ["Machine", "MachineOptions", "Paused"]
 
 FIRST_EPOCH = 1
 JOIN_S_MAX = 2.0
+UNLOAD_S_MAX = 5.0  # deflating a GiB takes a fraction of it
 PROBLEM_CHARACTERS_MAX = 200  # a hundred of them fit in one sideband datagram
 PROBLEMS_MAX = 100
 
@@ -94,6 +95,7 @@ class Machine:
         self._specs = list(specs)
         self._stopping = threading.Event()
         self._threads: list[GuestThread] = []
+        self._balloon_thread: GuestThread | None = None
         self.workloads: list[Workload] = build_workloads(specs)
         self.frames = FrameTable(ram, boot)
         self.buddy = BuddyAllocator(ram, boot, self.frames)
@@ -105,15 +107,9 @@ class Machine:
         self._guest = Guest(ram=ram, frames=self.frames, buddy=self.buddy, oracle=self._oracle, seed=seed)
         self.vcpu = Vcpu(self.workloads, self.clock, self.gate, self._stopping)
         self._beats = Beats(options.beats, boot, self.gate, self._stopping)
-        area = RingArea(boot.ring_address)
-        self.front_end = FrontEnd(options.vhost_socket, ram, area.layouts, self._stopping)
-        self.balloon = Balloon(
-            ram, self.frames, self.buddy, area, front_end=self.front_end, gate=self.gate, options=balloon
-        )
-        self.buddy.compact = Compaction(self.buddy, self.balloon.move_pages).make_block
-        for workload in self.workloads:
-            if isinstance(workload, Retake):
-                self.balloon.before_hint_kick(workload.take_back)
+        self._area = RingArea(boot.ring_address)
+        self.front_end = FrontEnd(options.vhost_socket, ram, self._area.layouts, self._stopping)
+        self.balloon = self._load_driver(balloon)
 
     @classmethod
     def boot_new(
@@ -197,6 +193,38 @@ class Machine:
         for workload in self.workloads:
             workload.set_up(self._guest)
 
+    def reload_driver(self, options: BalloonOptions) -> int:
+        """Remove the balloon driver of the running guest and load it again; the features it agreed on.
+
+        Everything is given back first: ballooned pages, held blocks, what is being reported. The device sees a
+        reset: new rings, and features negotiated from the beginning. Memory goes on being poisoned as it was.
+
+        Raises:
+            OperationRefused: the device did not take the balloon back in time (the driver goes on leaving, and may
+                be asked to once more), or none came for the new driver.
+        """
+        old, thread = self.balloon, self._balloon_thread
+        assert thread is not None, "the guest runs"
+        old.unload()
+        thread.join(UNLOAD_S_MAX)
+        if thread.is_alive():
+            raise OperationRefused(f"the balloon driver could not give everything back in {UNLOAD_S_MAX} s")
+        self.gate.pause()
+        try:
+            self.front_end.stop_rings()
+            old.detach()
+            old.close()
+            self.front_end.reset_device()
+            self.ram.bytes[self.boot.ring_pfn : self.boot.ring_pfn + self.boot.ring_pages] = 0
+            self.balloon = self._load_driver(options)
+        finally:
+            self.gate.open()
+        self.front_end.start_rings(None)
+        self._balloon_thread = self._spawn("balloon", self.balloon.run)
+        if not self.front_end.wait_ready(UNLOAD_S_MAX):
+            raise OperationRefused(f"the balloon driver found no device within {UNLOAD_S_MAX} s")
+        return self.balloon.features
+
     def connect(self) -> None:
         """Start looking for the node's balloon device; what it wants is done once the guest runs."""
         self._spawn("front_end", self.front_end.run)
@@ -205,7 +233,7 @@ class Machine:
         """Start the guest's threads and let them run. Idempotent."""
         if not self.started_at_ns:
             self.started_at_ns = host_now_ns()
-            self._spawn("balloon", self.balloon.run)
+            self._balloon_thread = self._spawn("balloon", self.balloon.run)
             self._spawn("vcpu", self.vcpu.run)
             self._spawn("beats", self._beats.run)
         self.resume()
@@ -303,10 +331,27 @@ class Machine:
         self._oracle.close()
         self.ram.close()
 
-    def _spawn(self, name: str, body: Callable[[], None]) -> None:
+    def _spawn(self, name: str, body: Callable[[], None]) -> GuestThread:
         thread = GuestThread(name, body, self._on_failure)
         self._threads.append(thread)
         thread.start()
+        return thread
+
+    def _load_driver(self, options: BalloonOptions) -> Balloon:
+        balloon = Balloon(
+            self.ram,
+            self.frames,
+            self.buddy,
+            self._area,
+            front_end=self.front_end,
+            gate=self.gate,
+            options=options,
+        )
+        self.buddy.compact = Compaction(self.buddy, balloon.move_pages).make_block
+        for workload in self.workloads:
+            if isinstance(workload, Retake):
+                balloon.before_hint_kick(workload.take_back)
+        return balloon
 
     def _restore_parts(self, state: VcpuState, device_features: int) -> None:
         for workload, saved in zip(self.workloads, state.workloads, strict=True):

@@ -88,7 +88,7 @@ class Retake(Freed):
             hinted = hinted[: self._pages]
             if 0 < hinted.size < self._pages:
                 raise GuestAgentError(f"workload {self.name}: only {hinted.size} hinted pages could be had")
-            frames.index[hinted.astype(np.int64)] = np.arange(self._pages, dtype=np.uint32)
+            frames.index[hinted.astype(np.int64)] = np.arange(hinted.size, dtype=np.uint32)
         return hinted
 
     def _tell_kept(self) -> None:

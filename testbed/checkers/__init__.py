@@ -67,8 +67,12 @@ class Judgement:
 def judge(record: RunRecord, checkers: Mapping[str, Callable[[RunRecord], Finding]] = CHECKERS) -> Judgement:
     """Asks every checker about the run."""
     findings = {name: _safely(check, record) for name, check in checkers.items()}
-    expected = expectation.corruption_found(record, findings)
-    return Judgement(worst(finding.verdict for finding in findings.values()), findings, expected)
+    if record.scenario.expect == expectation.CORRUPTION:
+        findings["expectation"] = expectation.check_corruption(record, findings)
+        as_expected = findings["expectation"].verdict is Verdict.VALID
+    else:
+        as_expected = False
+    return Judgement(worst(finding.verdict for finding in findings.values()), findings, as_expected)
 
 
 def _safely(check: Callable[[RunRecord], Finding], record: RunRecord) -> Finding:

@@ -30,10 +30,19 @@ def check(record: RunRecord) -> Finding:
     return invalid(f"expected '{expected}', the outcome is '{record.outcome}'{why}")
 
 
-def corruption_found(record: RunRecord, findings: Mapping[str, Finding]) -> bool:
-    """Whether the scenario expects lost writes and all that speaks against the run is that they were found."""
-    if record.scenario.expect != CORRUPTION:
-        return False
-    against = {name for name, finding in findings.items() if finding.verdict is not Verdict.VALID}
-    convicted = {name for name in against if findings[name].verdict is Verdict.INVALID}
-    return against == convicted == set(CONVICTING)
+def check_corruption(record: RunRecord, findings: Mapping[str, Finding]) -> Finding:
+    """For a scenario that expects lost writes: all that speaks against the run is that they were found (rule 2)."""
+    against = {
+        name: finding.verdict for name, finding in findings.items() if finding.verdict is not Verdict.VALID
+    }
+    if against == dict.fromkeys(CONVICTING, Verdict.INVALID):
+        return valid()
+    if not against:
+        return invalid("expected lost writes to be found, and none were")
+    ended = check(record)
+    if ended.verdict is not Verdict.VALID:
+        return ended
+    others = ", ".join(f"{name} {verdict.value}" for name, verdict in sorted(against.items()))
+    return invalid(
+        f"expected lost writes to be found by {' and '.join(CONVICTING)} alone; what speaks: {others}"
+    )

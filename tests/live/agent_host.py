@@ -51,6 +51,7 @@ class Host:
     batches: list[Any] = field(default_factory=list)
     news: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     memory_bytes: int = MEMORY_BYTES
+    balloon: dict[str, Any] = field(default_factory=dict)
     arguments: tuple[str, ...] = ("--die-with-parent",)
 
     def __post_init__(self) -> None:
@@ -73,7 +74,7 @@ class Host:
             command += ["--standby"]
         else:
             files["workloads"] = self.directory / f"{self.name}.json"
-            files["workloads"].write_text(json.dumps({"workloads": self.workloads}))
+            files["workloads"].write_text(json.dumps({"workloads": self.workloads, "balloon": self.balloon}))
         for option, path in (files | paths).items():
             command += [f"--{option}", str(path)]
         with self.log.open("ab") as log:
