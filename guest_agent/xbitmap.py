@@ -264,9 +264,7 @@ class XBitmap:
         for at in range(0, partial.size, _CHUNK_LEAVES):
             chosen = partial[at : at + _CHUNK_LEAVES]
             packed = b"".join(leaves[index].to_bytes(_LEAF_BYTES, "little") for index in chosen.tolist())
-            here = np.flatnonzero(np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little"))
-            base = key_array[chosen][here >> LEAF_SHIFT] << _SHIFT
-            chunk_firsts, chunk_lasts = _runs(base | (here & _OFFSET_MASK).astype(np.uint64))
+            chunk_firsts, chunk_lasts = _runs_in_leaves(packed, key_array[chosen])
             firsts.append(chunk_firsts)
             lasts.append(chunk_lasts)
         return _joined(np.concatenate(firsts), np.concatenate(lasts))
@@ -361,6 +359,18 @@ def _runs(ascending: U64Array) -> tuple[U64Array, U64Array]:
         return _NONE, _NONE
     breaks = np.flatnonzero(ascending[1:] - ascending[:-1] != 1)
     return ascending[np.append(0, breaks + 1)], ascending[np.append(breaks, ascending.size - 1)]
+
+
+def _runs_in_leaves(packed: bytes, keys: U64Array) -> tuple[U64Array, U64Array]:
+    """Runs inside leaves, given one after the other as bytes; runs that touch across leaves are left apart."""
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8).reshape(keys.size, -1), axis=1, bitorder="little")
+    framed = np.zeros((keys.size, LEAF_BITS + 2), dtype=np.uint8)  # a 0 on either side: edges come in pairs
+    framed[:, 1:-1] = bits
+    edges = np.flatnonzero(framed[:, 1:] != framed[:, :-1])
+    rise, fall = edges[0::2], edges[1::2]
+    row = rise // (LEAF_BITS + 1)
+    base, at = (keys << _SHIFT)[row], row * (LEAF_BITS + 1)
+    return base + (rise - at).astype(np.uint64), base + (fall - at - 1).astype(np.uint64)
 
 
 def _members(firsts: U64Array, lasts: U64Array) -> U64Array:
