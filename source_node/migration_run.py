@@ -50,6 +50,7 @@ class MigrationRun:
         )
         self._progress_ns = 0
         self._progress_bytes = 0
+        self._finished = False
         self._thread = threading.Thread(target=self._main, name="migration", daemon=True)
 
     # -- from other threads --------------------------------------------------------------------
@@ -78,7 +79,7 @@ class MigrationRun:
     @property
     def ended(self) -> bool:
         """Whether the thread has done everything."""
-        return self._thread.ident is not None and not self._thread.is_alive()
+        return self._finished or (self._thread.ident is not None and not self._thread.is_alive())
 
     def cancel(self, reason: str) -> tuple[bool, str]:
         """Post the wish; (whether it can be effective, the phase)."""
@@ -201,6 +202,7 @@ class MigrationRun:
         if outcome.outcome == "completed":
             _or_missing("artefacts", shell.write_evidence, missing)
         host.events.add("node_resources", **host.resources.fields())
+        self._finished = True  # first: whoever hears of the end may begin the next migration
         host.events.add(
             "migration_ended",
             outcome=outcome.outcome,
