@@ -330,3 +330,45 @@ def test_a_store_that_logged_nothing_proves_nothing(tmp_path):
     run.run_dir.manifest.write_text(json.dumps(manifest))
     edit_fields(run, "guest_checked", checked_items=0, expected_items=0)
     assert judged(run).findings["oracle"].verdict is Verdict.UNKNOWN
+
+
+def expecting_corruption(run):
+    manifest = json.loads(run.run_dir.manifest.read_text())
+    manifest["scenario"]["expect"] = "corruption"
+    run.run_dir.manifest.write_text(json.dumps(manifest))
+    return run
+
+
+def edit_check(run, problem):
+    edit_fields(run, "guest_checked", ok=False, problems=[problem])
+    return run
+
+
+def test_lost_writes_that_were_expected_and_found_are_invalid_and_as_expected(tmp_path):
+    run = expecting_corruption(SyntheticRun(tmp_path, fault="page_wrongly_skipped"))
+    judgement = judged(edit_check(run, "retake-2: kept pages are altered: 64 items"))
+    assert judgement.verdict is Verdict.INVALID, "a run that lost writes is never called valid"
+    assert judgement.invalid_as_expected
+    assert judgement.exit_code == 0
+
+
+def test_lost_writes_that_only_one_proof_shows_are_not_what_was_expected(tmp_path):
+    judgement = judged(expecting_corruption(SyntheticRun(tmp_path, fault="page_wrongly_skipped")))
+    assert judgement.verdict is Verdict.INVALID
+    assert judgement.exit_code == 1
+    assert any("memory invalid" in reason for reason in judgement.findings["expectation"].reasons)
+
+
+def test_lost_writes_that_were_expected_and_are_not_there_are_a_finding(tmp_path):
+    judgement = judged(expecting_corruption(SyntheticRun(tmp_path)))
+    assert judgement.reasons == ["expectation: expected lost writes to be found, and none were"]
+    assert judgement.exit_code == 1
+
+
+def test_another_thing_that_goes_wrong_is_not_covered_by_expected_corruption(tmp_path):
+    run = expecting_corruption(SyntheticRun(tmp_path, fault="owners_overlap"))
+    assert judged(run).exit_code == 1
+
+
+def test_lost_writes_that_nobody_expected_fail_the_run(tmp_path):
+    assert judged(SyntheticRun(tmp_path, fault="page_wrongly_skipped")).exit_code == 1

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from guest_agent.balloon_options import BalloonOptions
 from testbed.errors import UsageError
 from testbed.scenario import Freed, Scenario
 from testbed.scenario_file import load, parse, parse_value, varied_name
@@ -160,6 +161,12 @@ def test_toml_that_does_not_parse_is_one_line():
         ("guest.workload.1.records=1_000_000", "guest.workload"),
         ("balloon.num_pages=32MiB", "balloon.num_pages"),
         ("migration.tracker=hash", "migration.tracker"),
+        ("balloon.hints=both", "balloon.hints"),
+        ("balloon.hints=off", "balloon.hints"),
+        ("balloon.poison=0xAAAAAAAA", "balloon.poison"),
+        ("balloon.poison=-1", "balloon.poison"),
+        ("balloon.sg=1", "balloon.sg"),
+        ("migration.unsafe_clear_dirty_log_at_hint=true", "migration.unsafe_clear_dirty_log_at_hint"),
         ("migration.rounds_max=0", "migration.rounds_max"),
         ("run.run_on=0ms", "run.run_on"),
         ("seed=-1", "seed"),
@@ -171,6 +178,41 @@ def test_toml_that_does_not_parse_is_one_line():
 def test_what_cannot_be_is_refused_at_its_path(override, path):
     (problem,) = problems_of(GOOD, overrides=[override])
     assert problem.startswith(f"{path}: ")
+
+
+def test_a_rule_that_loses_writes_needs_a_scenario_that_expects_it():
+    unsafe = "migration.unsafe_clear_dirty_log_at_hint=true"
+    (problem,) = problems_of(GOOD, overrides=[unsafe, "expect=failed"])
+    assert "needs expect = 'corruption', not 'failed'" in problem
+    (problem,) = problems_of(GOOD, overrides=[unsafe, "expect=corruption", "migration.skip=zero"])
+    assert "means nothing with skip = 'zero'" in problem
+    scenario = parse(GOOD, default_name="x", overrides=[unsafe, "expect=corruption"])
+    assert scenario.migration.unsafe_clear_dirty_log_at_hint
+    assert not parse(GOOD, default_name="x").migration.unsafe_clear_dirty_log_at_hint
+
+
+def test_balloon_keys_that_mean_nothing_together_are_refused():
+    overrides = ["balloon.hints=walk", "balloon.hint_wait_on_ack=true"]
+    (problem,) = problems_of(GOOD, overrides=overrides)
+    assert problem.startswith("balloon.hint_wait_on_ack: ")
+
+
+@pytest.mark.parametrize("more", [["balloon.hints=off"], ["balloon.poison=0xAAAAAAAA"]])
+def test_without_hints_a_guest_may_poison_and_need_not_hint(more):
+    scenario = parse(GOOD, default_name="x", overrides=[*more, "migration.skip=zero"])
+    assert scenario.migration.skip == "zero"
+
+
+def test_poisoning_with_zeroes_goes_with_hints():
+    """A skipped page reads as zero at the destination: the very value."""
+    assert parse(GOOD, default_name="x", overrides=["balloon.poison=0"]).balloon.poison == 0
+
+
+def test_the_agent_understands_what_the_scenario_says_of_the_driver():
+    options = parse(GOOD, default_name="x", overrides=["balloon.hints=walk"]).balloon.driver_options()
+    assert BalloonOptions.from_dict(options).to_dict() == options
+    defaults = parse(GOOD, default_name="x").balloon.driver_options()
+    assert BalloonOptions().to_dict() == defaults, "and both have the same defaults"
 
 
 @pytest.mark.parametrize("skip", ["none", "zero"])

@@ -24,6 +24,7 @@ REQUESTS = {
     },
     "resume": {"guest_epoch": 3},
     "throttle": {"percent": 50},
+    "reload_balloon": {"options": {"hints": "walk"}},
     "restore": {"guest_epoch": 4, "state": "QUJD", "device": DEVICE},
     "run": {"guest_epoch": 4},
 }
