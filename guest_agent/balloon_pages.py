@@ -58,6 +58,10 @@ class PageQueue(Protocol):
     def pages_in_flight(self) -> int:
         """Pages sent and not yet used by the device."""
 
+    @property
+    def room_pages(self) -> int:
+        """Pages that can be sent now, at best."""
+
     def record(self, runs: Runs) -> None:
         """Note pages that are to go out. Raises XBitmapError, and notes none."""
 
@@ -173,7 +177,7 @@ class BalloonPages:
 
     def send_deflation(self, count: int) -> int:
         """Send ballooned pages, the lowest first, as runs or arrays; how many there was room for."""
-        pfns = self._lowest(count)
+        pfns = self._lowest(min(count, self.deflate.room_pages))
         try:
             self.deflate.record(runs_of(pfns.view(np.int64)))
         except XBitmapError:

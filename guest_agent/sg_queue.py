@@ -48,6 +48,11 @@ class SgQueue:
         self.recorded_pages = 0
         self.pages_in_flight = 0
 
+    @property
+    def room_pages(self) -> int:
+        """Pages that can be sent now, if they are one run."""
+        return self._pages if self._ring.free_descriptors else 0
+
     def record(self, runs: Runs) -> None:
         """Note pages that are to go out and are not noted yet.
 

@@ -19,11 +19,11 @@ import pytest
 
 from guest_agent.frames import FrameKind
 from guest_agent.xbitmap import XBitmap
-from host.balloon_server import BalloonServer
+from host.balloon_server import BalloonServer, DeviceState
 from host.device_log import DeviceLog
 from host.guest_memory import HostRam
 from tests.live.balloon_guest import Guest, fixture_device, fixture_guests, wait_until
-from virtio.balloon import F_SG, BalloonConfig, has
+from virtio.balloon import CMD_ID_FIRST, F_SG, BalloonConfig, has
 from virtio.balloon_device import FEATURES_DEFAULT
 
 guests = fixture_guests
@@ -218,9 +218,19 @@ def test_a_guest_saved_with_pages_in_flight_goes_on_with_them_elsewhere(
     try:
         other = guests(1 << 30, sg=sg, memfd=os.dup(guest.ram.fd))
         other.balloon.restore(*saved)
+        device.adopt_state(
+            DeviceState(
+                features=other.balloon.features,
+                num_pages=200_000,
+                actual=0,
+                poison_value=0,
+                next_command_id=CMD_ID_FIRST,
+                hints_open=False,
+                ring_bases=(0,) * 5,
+            )
+        )
         other.start()
-        wait_until(lambda: device.status().ready, "balloon ready")
-        resize(other, device, 200_000)
+        wait_until(lambda: device.status().actual == 200_000, "the rest of the inflation")
         assert device.status().inflated_pages == 200_000, "each page once"
         resize(other, device, 0)
         assert other.buddy.check() == []
