@@ -245,7 +245,7 @@ class Balloon:
         self._buddy.remove_pressure_hook(self._report.give_back)
         self._buddy.remove_pressure_hook(self._deflate_for_memory)
         self._report.wait_on_ack = False
-        self._report.release()
+        self._report.give_back(self._buddy.pages)
         self._queues.reset()
 
     def settle(self) -> None:
@@ -451,8 +451,8 @@ class Balloon:
 
     @property
     def _removed(self) -> bool:
-        busy = self._driver.actual or self._asked or self._pages_in_flight or self._report.is_open
-        return self._unloading and not busy
+        busy = self._driver.actual or self._asked or self._pages_in_flight
+        return self._unloading and not (busy or self._report.is_open or self._report.has_work)
 
     @property
     def _wants_retry(self) -> bool:

@@ -43,6 +43,7 @@ BLOCK_BYTES = BLOCK_PAGES << 12
 BATCH_BLOCKS = 128  # per kick: the device works on one batch while the next is allocated
 RESERVED_DESCRIPTORS = 1  # for STOP
 ROOM_WAIT_S_MAX = 0.05  # a device that takes nothing for so long costs the rest of the report, not more
+RELEASE_FILLED_PAGES = 16 * BLOCK_PAGES  # 64 MiB: some tens of milliseconds
 GIVE_BACK_BLOCKS_MIN = 8  # 32 MiB: pressure that comes for one page will come for more
 START_TOKEN, STOP_TOKEN = "start", "stop"
 COMMAND_SLOTS = {START_TOKEN: 0, STOP_TOKEN: 1}
@@ -90,7 +91,8 @@ class HintReport:
         self._commands_in_flight: set[str] = set()
         self._blocks_left = 0
         self._found_room = True
-        self._release_owed = False  # DONE came, and the device still has blocks
+        self._release_owed = False  # DONE came, and blocks are still held
+        self._releasing = False  # the next step gives some of them back
         self._used_before = 0  # the device's used index when the id was offered
         self.before_kick: BeforeKick | None = None
         self.wait_on_ack = False
@@ -109,13 +111,13 @@ class HintReport:
     @property
     def has_work(self) -> bool:
         """Whether `step` would get on now, without the device returning anything first."""
-        return self.is_open and self._found_room
+        return (self.is_open and self._found_room) or self._releasing
 
     def start(self, command_id: int) -> None:
         """Open a report under an id that was not reported yet."""
         assert not self.is_open, self._phase
         self._phase = Phase.OPENING
-        self._release_owed = False
+        self._release_owed = self._releasing = False
         self._command_id = command_id
         # Blocks given back under pressure may be hinted again, but a report must come to an end.
         self._blocks_left = 2 * (self._frames.pages >> HINT_ORDER)
@@ -133,9 +135,15 @@ class HintReport:
         return ended
 
     def release(self) -> int:
-        """DONE: give all held blocks back to the guest, those of rule 5 later; number of pages now."""
-        released = self.give_back(self._frames.pages)
+        """DONE: give all held blocks back to the guest; number of pages now.
+
+        The rest comes in later steps: blocks of rule 5, and of a guest that fills what it frees all but the first:
+        memory is filled at some GiB a second, and whoever allocates or pauses the guest waits for it.
+        """
+        filled = self._buddy.poison is not None
+        released = self.give_back(RELEASE_FILLED_PAGES if filled else self._frames.pages)
         self._release_owed = bool(self._held_heads().size)
+        self._releasing = self._release_owed and released > 0
         return released
 
     def give_back(self, pages_wanted: int) -> int:
@@ -156,6 +164,8 @@ class HintReport:
     def step(self) -> bool:
         """One bounded piece of the report; whether anything was sent or came back."""
         moved = self.settle()
+        if self._releasing:
+            moved = self.release() > 0 or moved
         match self._phase:
             case Phase.OPENING:
                 self._found_room = self._send_command(START_TOKEN, self._command_id)
@@ -207,6 +217,7 @@ class HintReport:
         ):
             raise RestoreError(f"saved hint report is malformed: {saved!r}"[:200])
         self._commands_in_flight, self._release_owed = set(in_flight), owed
+        self._releasing = owed
 
     def _finish(self) -> None:
         self._phase, self._ended = Phase.IDLE, self._command_id

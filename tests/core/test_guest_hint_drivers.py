@@ -15,8 +15,9 @@ from guest_agent.balloon_options import HINTS_HOLD, HINTS_WALK
 from guest_agent.boot import BootPage
 from guest_agent.buddy import BuddyAllocator
 from guest_agent.frames import FrameKind, FrameTable
-from guest_agent.hint_report import HintReport
+from guest_agent.hint_report import RELEASE_FILLED_PAGES, HintReport
 from guest_agent.hint_walk import WALK_ORDER_MIN, hint_report
+from guest_agent.poison import Poison
 from guest_agent.ram import GuestRam
 from guest_agent.ring_area import RING_SIZES, RingArea
 from virtio.balloon import CMD_ID_FIRST, CMD_ID_STOP, QUEUE_HINT
@@ -226,6 +227,25 @@ def test_done_gives_back_the_rest_as_the_device_acknowledges_it(bench: Any) -> N
     assert guest.report.held_pages == 0
     assert not guest.report.save()["release_owed"]
     assert held > 3 * BLOCK
+    assert guest.buddy.check() == []
+
+
+def test_a_guest_that_fills_what_it_frees_gets_its_blocks_back_piece_by_piece(bench: Any) -> None:
+    """Filling a GiB takes as long as a guest may at most be asked to wait for its pause."""
+    guest: Bench = bench(HINTS_HOLD)
+    guest.buddy.poison = Poison(guest.ram, 0)
+    guest.run()
+    held = guest.report.held_pages
+    assert held > 3 * RELEASE_FILLED_PAGES
+    assert guest.report.release() == RELEASE_FILLED_PAGES
+    steps = 0
+    while guest.report.has_work:
+        before = guest.report.held_pages
+        guest.report.step()
+        assert 0 < before - guest.report.held_pages <= RELEASE_FILLED_PAGES
+        steps += 1
+    assert steps == -(-held // RELEASE_FILLED_PAGES) - 1
+    assert guest.report.held_pages == 0
     assert guest.buddy.check() == []
 
 
