@@ -44,9 +44,7 @@ class Pressure:
         """Forget a hook."""
         self._hooks = [entry for entry in self._hooks if entry[1] != hook]
 
-    def relieve(
-        self, pages_wanted: int, *, first: int = PRESSURE_HELD, last: int = PRESSURE_BALLOON
-    ) -> bool:
+    def relieve(self, pages_wanted: int, *, first: int = PRESSURE_HELD, last: int = PRESSURE_BALLOON) -> bool:
         """Ask the hooks; whether they released anything, so that trying again makes sense.
 
         Only those of priorities first..last: a balloon makes the page cache shrink, and never itself.
