@@ -109,6 +109,8 @@ class TerminalLines:
                 self._progress.update(
                     task, total=total or 1, completed=0, step=f"round {fields['round']}", detail=""
                 )
+            elif event.name == "round_ended":
+                self._progress.update(task, completed=fields["candidate_pages"] or 1)
             elif event.name == "progress":
                 done = fields["sent_pages"] + fields["zero_pages"] + fields["skipped_pages"]
                 rate = speed.rate_bytes_per_s(event.at_ns, fields["payload_bytes"])
