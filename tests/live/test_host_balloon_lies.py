@@ -31,11 +31,13 @@ from virtio.balloon import (
     QUEUE_HINT,
     QUEUE_INFLATE,
     QUEUE_REPORTING,
+    QUEUE_STATS,
     mask,
 )
 from virtio.ring_layout import layout_at
-from virtio.vhost_user_frontend import _Step
-from virtio.vhost_user_messages import F_PROTOCOL_FEATURES, Request
+from virtio.testing import MockDriver
+from virtio.vhost_user_frontend import RingSetup, _Step
+from virtio.vhost_user_messages import F_PROTOCOL_FEATURES, MemoryRegion, Request, pack_mem_table
 
 pytestmark = pytest.mark.live
 host = pytest.fixture(fixture_host)
@@ -315,4 +317,44 @@ def test_a_file_that_is_no_signal_cannot_be_a_rings_descriptor(host, tmp_path):
     with pytest.raises((EOFError, OSError)):
         guest.start([0] * QUEUE_COUNT)
     assert host.server.status().connection_errors == {"ring_fd": 1}
+    guest.close()
+
+
+def test_hazard_9_what_lies_below_the_shared_region_is_not_the_guests(host):
+    """Linux UML shares its file from the end of its kernel image on: the image is no guest RAM."""
+    first = 100
+    guest = Guest(host.path, features=EVERYTHING, pages=PAGES, ring_size=RING_SIZE)
+    guest.stop()
+    guest.driver = MockDriver(guest.memory, area=first * PAGE_BYTES, ring_size=RING_SIZE)
+    start = first * PAGE_BYTES
+    user = guest.session._user_address + start
+    table = pack_mem_table((MemoryRegion(start, (PAGES - first) * PAGE_BYTES, user, start),))
+    guest.exchange(guest.session._then(_Step(Request.SET_MEM_TABLE, table, (guest.fd,))))
+    rings = zip(guest.driver.layouts, guest.kicks, guest.calls, strict=True)
+    guest.exchange(
+        guest.session.start_rings([RingSetup(i, ring[0], 0, *ring[1:]) for i, ring in enumerate(rings)])
+    )
+    guest.memory[: 8 * PAGE_BYTES] = bytes([PATTERN]) * (8 * PAGE_BYTES)
+    guest.driver.inflate([5, first - 1, PAGES - 1])
+    guest.driver.give(QUEUE_INFLATE, [(2 * PAGE_BYTES, PAGE_BYTES)])
+    guest.driver.rings[QUEUE_INFLATE].add([(3 * PAGE_BYTES, 8)], [], None)
+    guest.driver.rings[QUEUE_INFLATE].publish()
+    guest.kick(QUEUE_INFLATE)
+    guest.wait_used(QUEUE_INFLATE, 3)
+    assert host.errors == {"pfn_range": 2, "address_range": 2}
+    assert host.server.status().inflated_pages == 1
+    assert set(os.pread(guest.fd, 8 * PAGE_BYTES, 0)) == {PATTERN}
+    guest.close()
+
+
+def test_a_buffer_held_for_a_driver_that_chose_otherwise_goes_back(host):
+    guest = Guest(host.path, features=EVERYTHING, pages=PAGES, ring_size=RING_SIZE)
+    guest.driver.stats(bytes(10))
+    guest.kick(QUEUE_STATS)
+    wait_for(lambda: host.server.status().stats)
+    word = mask(F_VERSION_1, F_PROTOCOL_FEATURES)
+    guest.exchange(guest.session._then(_Step(Request.SET_FEATURES, struct.pack("<Q", word))))
+    guest.kick(QUEUE_STATS)
+    guest.wait_used(QUEUE_STATS, 1)
+    assert host.errors == {"queue_not_negotiated": 1}
     guest.close()
