@@ -80,6 +80,10 @@ class NodeClient:
             "GuestStatus", lambda: self._stub.GuestStatus(node_pb2.GuestStatusRequest(), timeout=CALL_S)
         )
 
+    def refresh_stats(self) -> None:
+        """Have the guest's balloon driver asked for fresh memory statistics; they are in the next status."""
+        self._call("Stats", lambda: self._stub.Stats(node_pb2.StatsRequest(), timeout=CALL_S))
+
     def pause_guest(self) -> None:
         """Stops the guest's threads."""
         self._call("PauseGuest", lambda: self._stub.PauseGuest(node_pb2.PauseGuestRequest(), timeout=CALL_S))

@@ -9,13 +9,14 @@ Rule 4: a silence has a deadline; a process that dies ends the wait that needed 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
 from migration.pb import node_pb2
 from testbed.errors import InterruptedRunError, RunBrokenError
 from testbed.oracle_log import RECORD_BYTES, last_versions, read_logs
+from virtio.balloon import F_STATS_VQ, has
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -191,7 +192,7 @@ class Session:
             self._history.note("final_status", host=host.origin, state=state, guest_epoch=epoch)
 
     def _note_guest(self, host: LocalHost, name: str) -> None:
-        status = host.client.guest_status()
+        status = self._status_with_stats(host)
         self._history.note(
             name,
             host=host.origin,
@@ -204,6 +205,17 @@ class Session:
             operations=status.operations,
             balloon=json.loads(status.balloon_json or "{}"),
         )
+
+    def _status_with_stats(self, host: LocalHost) -> node_pb2.GuestStatusReply:
+        """A guest's status with statistics of now, where its driver has any."""
+        status = host.client.guest_status()
+        if not _answers_stats(json.loads(status.balloon_json or "{}")):
+            return status
+        try:
+            host.client.refresh_stats()
+        except RunBrokenError as error:  # no reason to give a run up
+            self._history.note("guest_stats_missing", host=host.origin, reason=str(error))
+        return host.client.guest_status()
 
     def _cpu_seconds(self) -> dict[str, float]:
         """CPU time so far of both nodes, and of the guest's two agents together."""
@@ -259,6 +271,10 @@ class Session:
         if event.name == "process_ended":
             raise RunBrokenError(_obituary(event))
         raise InterruptedRunError(f"interrupted while waiting for {what}")
+
+
+def _answers_stats(balloon: dict[str, Any]) -> bool:
+    return bool(balloon.get("ready")) and has(int(balloon.get("features", 0)), F_STATS_VQ)
 
 
 def _outcome(event: Event) -> bool:
