@@ -1,4 +1,4 @@
-"""The balloon device over real sockets: set-up, inflation and hints, against drivers that are right and that lie."""
+"""The balloon device over real sockets: set-up, inflation and hints, with drivers that are right and that lie."""
 
 import os
 import socket
