@@ -183,11 +183,10 @@ def assert_cancelled(run, *phases):
     ("name", "origin", "overrides"),
     [
         ("process_started", "testbed", ()),
-        ("node_started", "source", ()),
         ("guest_attached", "source", ()),
         ("guest_ready", "source", ("run.settle=30s",)),
     ],
-    ids=["starting", "serving", "booting", "settling"],
+    ids=["starting", "booting", "settling"],
 )
 def test_ctrl_c_before_the_migration_takes_everything_down(tmp_path, name, origin, overrides):
     run = perform(tmp_path, scenario(*overrides), at(name, origin, press))

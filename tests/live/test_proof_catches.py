@@ -42,14 +42,14 @@ def test_a_page_wrongly_skipped_is_caught_by_memory_and_by_the_oracle(sabotaged)
     assert "in use differ" in says(run, "memory")[0]
     assert "never sent" in says(run, "memory")[1]
     assert run.result.integrity.mismatches > 0
-    assert "kept pages are altered" in says(run, "oracle")[0]
+    assert any("kept pages are altered" in reason for reason in says(run, "oracle"))
 
 
 def test_a_write_lost_after_a_harvest_is_caught_by_memory_and_by_the_oracle(sabotaged):
     run = sabotaged(WRITER, "a:host.harvest_loses_a_page")
     assert_caught(run, "memory", "oracle")
     assert says(run, "memory")[0].startswith("memory: 1 pages")
-    assert "of another version" in says(run, "oracle")[0]
+    assert any("of another version" in reason for reason in says(run, "oracle"))
 
 
 def test_a_device_store_that_was_not_logged_is_caught_by_memory_alone(sabotaged):
@@ -58,7 +58,7 @@ def test_a_device_store_that_was_not_logged_is_caught_by_memory_alone(sabotaged)
 
 
 def test_a_dirty_log_cleared_by_hints_is_caught_by_memory_alone(sabotaged):
-    """The destructive mistake of hazard 1, against the guest of test_hazards_live that is safe without it."""
+    """The destructive mistake of hazard 1, against the guest of test_hazards_live.py that is safe without it."""
     run = sabotaged(WRITER, "guest.takes_back_before_the_hint", "a:host.hint_clears_the_dirty_log")
     assert_caught(run, "memory")
     assert "never sent" in says(run, "memory")[1]
