@@ -20,7 +20,8 @@ class Stopwatch:
     requested_ns: int = 0
     first_round_ns: int = 0
     pause_ordered_ns: int = 0
-    decided_ns: int = 0
+    decided_ns: int = 0  # the guest is the destination's
+    rehearsed_ns: int = 0  # the guest runs on here
     ended_ns: int = 0
     parts_ns: dict[str, int] = field(default_factory=dict)
     _open: dict[str, int] = field(default_factory=dict)
@@ -43,17 +44,18 @@ class Stopwatch:
 
     def rehearsed(self, resume_ns: int, instant_ns: int, *, verify_ns: int, evidence_ns: int) -> None:
         """The guest runs on, resumed at `resume_ns`: `verify_ns` of hashing there, `evidence_ns` of it here."""
-        self.decided_ns = instant_ns
+        self.rehearsed_ns = instant_ns
         self.parts_ns |= {"verify": verify_ns + evidence_ns, "resume": instant_ns - resume_ns}
-        self.parts_ns["prepare"] -= verify_ns
+        self.parts_ns["prepare"] = max(self.parts_ns.get("prepare", 0) - verify_ns, 0)
 
     def times(self) -> dict[str, object]:
         """total_ms, setup_ms, downtime_ms, verify_ms and the parts of the downtime."""
         verify_ns = self.parts_ns.get("verify", 0)
-        end_ns = self.decided_ns or self.ended_ns
+        switched_ns = self.decided_ns or self.rehearsed_ns
+        end_ns = switched_ns or self.ended_ns
         # An attempt taken up after a restart was paused by a process that is gone: its downtime is not known here.
-        measured = self.decided_ns and self.pause_ordered_ns
-        downtime_ns = self.decided_ns - self.pause_ordered_ns - verify_ns if measured else 0
+        measured = switched_ns and self.pause_ordered_ns
+        downtime_ns = switched_ns - self.pause_ordered_ns - verify_ns if measured else 0
         return {
             "total_ms": _ms(end_ns - self.requested_ns - verify_ns),
             "setup_ms": _ms(self.first_round_ns - self.requested_ns) if self.first_round_ns else 0.0,

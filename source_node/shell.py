@@ -81,6 +81,7 @@ class SourceShell:
         self.hint_rule = self._chosen_hint_rule()
         self._prepare = migration_pb2.PrepareRequest()
         self._evidence_ns = 0
+        self._last_round: dict[str, object] = {}
 
     def hinted(self, report: told.HintsReported) -> None:
         """Called with every report before the machine sees it."""
@@ -180,6 +181,7 @@ class SourceShell:
             case do.SendPrepare():
                 self.watch.begin("prepare", now_ns())
                 self._peer.prepare(self._prepare)
+                self._tell_last_round()
             case do.SendCommit(_, digest):
                 self._peer.commit(digest)
             case do.KeepEvidence():
@@ -306,6 +308,7 @@ class SourceShell:
             ledger=migration_pb2.Ledger(
                 data_pages=sent.sent_pages, zero_pages=sent.zero_pages, skipped_pages=sent.skipped_pages
             ),
+            rehearsal=rehearsal,
         )
         self.watch.end("save", now_ns())
         self._post(told.GuestSaved(digest))
@@ -352,12 +355,21 @@ class SourceShell:
             self._host.events.add("abort_unheard", reason=problem)
 
     def _note(self, name: str, fields: dict[str, object]) -> None:
+        if fields.get("decision") == "handover" and not self._last_round:
+            # The guest stands still, and reading the connection's counters takes milliseconds: told a little
+            # later, while the destination is at work.
+            self._last_round = fields
+            return
         if name == "round_ended":
             fields |= self.wire.round_ended(self._machine.ledger, self._pages, self._peer)
             fields["hint_ranges"] = self._hint_log.ranges
         if name in {"round_started", "round_ended"}:
             fields["cpu_seconds"] = cpu_seconds()  # of this process so far: what a round cost is a difference
         self._host.events.add(name, **fields)
+
+    def _tell_last_round(self) -> None:
+        if self._last_round:
+            self._note("round_ended", self._last_round)
 
     # -- the end -------------------------------------------------------------------------------
 
