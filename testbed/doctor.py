@@ -35,7 +35,17 @@ class Checkup:
 
 def examine() -> list[Checkup]:
     """Probes everything."""
-    return [_python(), _kernel(), _memfd(), _tracker(), _memory(), _sock_diag(), _docker()]
+    return [
+        _python(),
+        _kernel(),
+        _memfd(),
+        _tracker(),
+        _memory(),
+        _sock_diag(),
+        _linux_guest(),
+        _freezer(),
+        _docker(),
+    ]
 
 
 def fit(checkups: Sequence[Checkup]) -> bool:
@@ -124,6 +134,30 @@ def _sock_diag() -> Checkup:
         found=reason or "counted one byte on loopback",
         needed_for="bytes on the wire of local runs",
         remedy="load the kernel modules tcp_diag and inet_diag",
+    )
+
+
+def _linux_guest() -> Checkup:
+    reason = machine.probe_linux_guest()
+    return Checkup(
+        "User-Mode Linux",
+        ok=not reason,
+        required=False,
+        found=reason or "kernel, balloon driver and a static busybox",
+        needed_for="guest.kind = 'linux', and the tests against the stock driver",
+        remedy="apt-get install user-mode-linux busybox-static",
+    )
+
+
+def _freezer() -> Checkup:
+    reason = machine.probe_freezer()
+    return Checkup(
+        "cgroup freezer",
+        ok=not reason,
+        required=False,
+        found=reason or "froze a process",
+        needed_for="guest.kind = 'linux': the guest is frozen at the end",
+        remedy="be root, or have a control group of your own",
     )
 
 

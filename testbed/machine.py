@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ REPORTED_PACKAGES: Final = ("ballast", "grpcio", "numpy", "protobuf", "pydantic"
 PROBE_S: Final = 20.0
 # Beside guest RAM: four Python processes with gRPC and numpy, chunks in flight, page hashes.
 PROCESSES_BYTES: Final = 768 << 20
+LINUX_RAM: Final = "/dev/shm"  # noqa: S108 - where User-Mode Linux keeps its RAM, as a file without a name
 DOCKER_S: Final = 3
 DOCKER_HOST: Final = "unix:///var/run/docker.sock"  # the engine's own default
 
@@ -78,14 +80,43 @@ def lacks(scenario: Scenario) -> Iterator[str]:
         reason = probe()
         if reason:
             yield reason
+    if scenario.guest.kind == "linux":
+        yield from _lacks_for_linux(scenario)
     migration = scenario.migration
-    if migration.hints or migration.tracker == "uffd":
+    if migration.tracker == "uffd" or (migration.hints and not scenario.rehearses):
         reason = probe_tracker()
         if reason:
             yield (
                 f"tracking the guest's writes in the kernel: {reason}; it needs Linux 6.7, or use "
                 "migration.tracker = 'hash' with skip = 'none' or 'zero'"
             )
+
+
+def _lacks_for_linux(scenario: Scenario) -> Iterator[str]:
+    for reason in (probe_linux_guest(), probe_freezer()):
+        if reason:
+            yield reason
+    free = shutil.disk_usage(LINUX_RAM).free
+    if free < scenario.guest.memory:
+        yield (
+            f"{LINUX_RAM} has {format_bytes(free)} left for the RAM of a Linux guest of "
+            f"{format_bytes(scenario.guest.memory)}"
+        )
+
+
+def probe_linux_guest() -> str:
+    """The programs of a stock Linux guest."""
+    from linux_guest import packages  # noqa: PLC0415 - only for such guests
+
+    return packages.missing()
+
+
+def probe_freezer() -> str:
+    """A control group freezer, with which a Linux guest is paused."""
+    from linux_guest import freezer  # noqa: PLC0415
+
+    reason = freezer.unavailable()
+    return f"pausing a Linux guest needs the cgroup freezer: {reason}" if reason else ""
 
 
 def probe_memfd() -> str:

@@ -77,6 +77,11 @@ class RunRecord:
         return self.outcome == "completed"
 
     @property
+    def verified(self) -> bool:
+        """Whether the destination had the whole image: the guest was handed over, or that was rehearsed."""
+        return self.outcome in ("completed", "rehearsal")
+
+    @property
     def pages(self) -> int:
         """Of the guest."""
         return self.scenario.guest.memory // 4096

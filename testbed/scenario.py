@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from testbed.balloon_keys import Balloon, balloon_conflicts
+from testbed.linux_keys import Marker, Rewriter, kind_conflicts, linux_conflicts
 from testbed.scenario_model import Model
 from testbed.units import (
     PAGE_BYTES,
@@ -125,7 +126,9 @@ class Retake(Model):
         return self.pages * PAGE_BYTES
 
 
-Workload = Annotated[Idle | Freed | Files | Writer | KeyValue | Retake, Field(discriminator="name")]
+Workload = Annotated[
+    Idle | Freed | Files | Writer | KeyValue | Retake | Marker | Rewriter, Field(discriminator="name")
+]
 WORKLOADS: Final[dict[str, type[Model]]] = {
     "idle": Idle,
     "freed": Freed,
@@ -133,6 +136,8 @@ WORKLOADS: Final[dict[str, type[Model]]] = {
     "writer": Writer,
     "kv": KeyValue,
     "retake": Retake,
+    "marker": Marker,
+    "rewriter": Rewriter,
 }
 
 
@@ -140,7 +145,9 @@ class Guest(Model):
     """The guest and what it does."""
 
     memory: MemoryBytes
-    kind: Literal["ballast"] = "ballast"
+    kind: Literal["ballast", "linux"] = (
+        "ballast"  # "linux": a stock kernel in User-Mode Linux; it only rehearses
+    )
     workload: Annotated[tuple[Workload, ...], Field(strict=False, max_length=16)] = ()
 
 
@@ -156,6 +163,7 @@ class Migration(Model):
     hint_wait: DurationMs = 100
     timeout: DurationMs = 60_000
     on_rounds_max: Literal["switch", "cancel"] = "switch"
+    rehearsal: bool = False  # everything but the hand-over: the guest goes on at the source
     # LOSES WRITES. The source clears the dirty log of hinted pages when it processes the hint, as has been done
     # elsewhere: it shows that the checkers catch it. Only with expect = "corruption".
     unsafe_clear_dirty_log_at_hint: bool = False
@@ -187,13 +195,18 @@ class Scenario(Model):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     # "corruption": the guest arrives and the checkers find that writes were lost.
-    expect: Literal["completed", "cancelled", "failed", "guest_lost", "corruption"] = "completed"
+    expect: Literal["completed", "rehearsal", "cancelled", "failed", "guest_lost", "corruption"] = "completed"
     engine: Literal["ballast"] = "ballast"
     guest: Guest
     balloon: Balloon = Balloon()
     migration: Migration = Migration()
     hosts: Hosts = Hosts()
     run: Run = Run()
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether the guest goes on at the source whatever happens."""
+        return self.migration.rehearsal or self.guest.kind == "linux"
 
 
 SECTIONS: Final[dict[str, type[Model]]] = {
@@ -212,6 +225,13 @@ def conflicts(
         yield from _unsafe_conflicts(migration, expect)
     if guest is not None:
         yield from _memory_conflicts(guest)
+        yield from kind_conflicts(guest.kind, [item.name for item in guest.workload], guest.memory)
+    linux = guest is not None and guest.kind == "linux"
+    if linux:
+        yield from linux_conflicts(migration.tracker if migration is not None else "auto", balloon, expect)
+    rehearsal = linux or (migration is not None and migration.rehearsal)
+    if rehearsal is not (expect == "rehearsal") and expect not in ("cancelled", "failed") and not linux:
+        yield "expect", "'rehearsal' and migration.rehearsal = true go together"
     if guest is not None and balloon is not None:
         ballooned = balloon.num_pages * PAGE_BYTES
         room = guest.memory - sum(item.kept_bytes(guest.memory) for item in guest.workload)
@@ -219,7 +239,7 @@ def conflicts(
             left = format_bytes(max(0, room))
             problem = f"{format_bytes(ballooned)} do not fit beside the workloads: {left} are left"
             yield "balloon.num_pages", problem
-    if migration is not None and migration.tracker == "hash" and migration.hints:
+    if migration is not None and migration.tracker == "hash" and migration.hints and not rehearsal:
         problem = (
             f"'hash' cannot be combined with skip = '{migration.skip}': it cannot see a page that was freed "
             "and came back with the same content; use skip 'none' or 'zero', or tracker 'uffd'"

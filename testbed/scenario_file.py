@@ -22,6 +22,8 @@ from testbed.scenario_model import Model
 
 SomeModel = TypeVar("SomeModel", bound=Model)
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "string": "a text", "bool": "true or false"}
+# What checks across sections look at.
+MIGRATION_KEYS = ("skip", "tracker", "rehearsal", "unsafe_clear_dirty_log_at_hint")
 
 
 def load(path: Path, overrides: Sequence[str] = (), unnamed: Sequence[str] = ()) -> Scenario:
@@ -81,9 +83,9 @@ def validate(document: Mapping[str, Any]) -> tuple[Scenario | None, list[str]]:
     except ValidationError as error:
         problems = [_explain(details) for details in error.errors()]
     found = conflicts(
-        _part(Guest, document, "guest", ("memory", "workload")),
+        _part(Guest, document, "guest", ("memory", "kind", "workload")),
         _part(Balloon, document, "balloon", tuple(Balloon.model_fields)),
-        _part(Migration, document, "migration", ("skip", "tracker", "unsafe_clear_dirty_log_at_hint")),
+        _part(Migration, document, "migration", MIGRATION_KEYS),
         document.get("expect", "completed"),
     )
     problems += [f"{path}: {problem}" for path, problem in found]

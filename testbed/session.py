@@ -112,6 +112,7 @@ class Session:
             timeout_ms=options.timeout,
             on_rounds_max=options.on_rounds_max,
             unsafe_clear_dirty_log_at_hint=options.unsafe_clear_dirty_log_at_hint,
+            rehearsal=self._scenario.rehearses,
         )
         self._history.note("migration_requested", migration=self._migration, attempt=1)
         self._hosts.source.client.migrate(request)
@@ -177,7 +178,8 @@ class Session:
 
     def _collect(self, ended: Event) -> None:
         wanted = [(self._hosts.source, str(name)) for name in ended.fields.get("artefacts", ())]
-        if ended.fields["outcome"] == "completed" and self._scenario.migration.integrity == "full":
+        verified = ended.fields["outcome"] in ("completed", "rehearsal")
+        if verified and self._scenario.migration.integrity == "full":
             wanted.append((self._hosts.dest, "dest_hashes"))
         for host, name in wanted:
             host.client.save_artefact(name, self._run_dir.artefact(name), ARTEFACT_S)
@@ -289,7 +291,9 @@ def _obituary(event: Event) -> str:
 
 def _cpu_seconds(pid: int) -> float:
     try:
-        times = psutil.Process(pid).cpu_times()
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]  # a Linux guest is its agent's children
+        times = [member.cpu_times() for member in family]
     except psutil.NoSuchProcess:
         return 0.0
-    return float(times.user + times.system)
+    return float(sum(used.user + used.system for used in times))

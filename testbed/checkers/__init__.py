@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from testbed.checkers import byte_count, expectation, ledger, memory, oracle, owner, rounds
+from testbed.checkers import byte_count, expectation, ledger, marker, memory, oracle, owner, rounds
 from testbed.verdict import Finding, Verdict, unknown, worst
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ CHECKERS: Final[Mapping[str, Callable[[RunRecord], Finding]]] = {
     "oracle": oracle.check,
     "owner": owner.check,
     "ledger": ledger.check,
+    "marker": marker.check,
     "rounds": rounds.check,
     "bytes": byte_count.check,
     "expectation": expectation.check,

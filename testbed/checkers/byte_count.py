@@ -3,7 +3,8 @@
 Rule 1: they were counted in three places (sender, codec, kernel); the framing model explains what differs.
 Rule 2: what the model does not explain within its tolerance makes the run unknown: a counter lies, or bytes
         were carried that nobody accounts for.
-Rule 3: only a completed migration is reconciled; a torn connection leaves bytes that nobody can place.
+Rule 3: only a completed migration, or a whole rehearsal, is reconciled; a torn connection leaves bytes that
+        nobody can place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def check(record: RunRecord) -> Finding:
     """Reconciles the three counts."""
-    if not record.completed or record.ended is None:
+    if not record.verified or record.ended is None:
         return valid("the migration did not complete: bytes are reported and not reconciled")
     counted = record.ended.fields["bytes"]
     payload, grpc, wire = int(counted["payload"]), int(counted["grpc"]), int(counted["wire_tx"])

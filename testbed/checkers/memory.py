@@ -29,7 +29,7 @@ SHOWN_PAGES_MAX = 8
 
 def check(record: RunRecord) -> Finding:
     """Compares the page hashes of both hosts."""
-    if not record.completed:
+    if not record.verified:
         return valid("the guest was not handed over: nothing to compare")
     if record.scenario.migration.integrity != "full":
         return valid("integrity = 'stream': pages were verified in flight only, memory was not compared")

@@ -38,7 +38,7 @@ def _numbering(rounds: list[Mapping[str, Any]], record: RunRecord) -> Iterator[s
     indices = [entry["round"] for entry in rounds]
     if indices != list(range(1, len(rounds) + 1)):
         yield f"the rounds are numbered {indices}"
-    if record.completed and not rounds:
+    if record.verified and not rounds:
         yield "the migration completed without a round"
     limit = record.scenario.migration.rounds_max
     # The stop-and-copy round comes after the last pre-copy round.
@@ -62,7 +62,7 @@ def _sums(rounds: list[Mapping[str, Any]], pages: int) -> Iterator[str]:
 
 
 def _payload(rounds: list[Mapping[str, Any]], record: RunRecord) -> Iterator[str]:
-    if not record.completed or record.ended is None:  # a round that was cut short has no end and no figures
+    if not record.verified or record.ended is None:  # a round that was cut short has no end and no figures
         return
     total, told = sum(entry["payload_bytes"] for entry in rounds), record.ended.fields["bytes"]["payload"]
     if total != told:

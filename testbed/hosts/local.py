@@ -113,7 +113,7 @@ class LocalHosts:
             "--agent-socket", str(self._runtime.socket(f"{short}.agent")),
         ]  # fmt: skip
         agent = self._process(stack, f"{origin}-agent", [
-            "guest_agent", "--name", short, *sockets, *self._agent_arguments(origin),
+            self._agent_module(origin), "--name", short, *sockets, *self._agent_arguments(origin),
         ])  # fmt: skip
         node = self._process(stack, f"{origin}-node", [
             "host", "--name", short, *(word for role in ROLES for word in ("--role", role)), *sockets,
@@ -125,6 +125,11 @@ class LocalHosts:
         stack.callback(client.close)
         stack.callback(self._end_node, node, client)
         return node, agent, client
+
+    def _agent_module(self, origin: Origin) -> str:
+        """A Linux guest is at the source; whoever waits at the destination waits in vain."""
+        linux = self._scenario.guest.kind == "linux" and origin == "source"
+        return "linux_guest" if linux else "guest_agent"
 
     def _agent_arguments(self, origin: Origin) -> list[str]:
         arguments = [
@@ -140,6 +145,8 @@ class LocalHosts:
         balloon = self._scenario.balloon.driver_options()
         guest = {"workloads": chosen, "balloon": balloon}
         workloads.write_text(json.dumps(guest, indent=2), encoding="utf-8")
+        if self._scenario.guest.kind == "linux":
+            arguments += ["--markers", str(self._run_dir.artefact("markers.json"))]
         return [*arguments, "--workloads", str(workloads)]
 
     def _process(self, stack: ExitStack, name: str, module_and_arguments: Sequence[str]) -> OwnedProcess:

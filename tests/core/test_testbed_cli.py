@@ -164,7 +164,7 @@ def test_only_what_is_required_makes_a_machine_unfit():
     lacking = Checkup("docker", ok=False, required=False, found="-", needed_for="containers")
     assert fit([lacking])
     assert not fit([lacking, Checkup("memfd", ok=False, required=True, found="-", needed_for="memory")])
-    assert len({checkup.name for checkup in examine()}) == 7
+    assert len({checkup.name for checkup in examine()}) == 9
 
 
 def test_help_names_every_command_and_is_quick_to_import():
