@@ -12,12 +12,12 @@ import psutil
 import pytest
 
 from testbed.clean import find, remove
-from testbed.hosts import runtime_dir
-from testbed.hosts.local import RUN_LABEL
 from testbed.interrupt import Interrupt
 from testbed.record import load
 from testbed.run import run_scenario
+from testbed.run_dir import RunDir
 from testbed.scenario_file import parse
+from tests.live.runs import nothing_is_left_of
 
 pytestmark = pytest.mark.live
 
@@ -44,25 +44,12 @@ def scenario(*overrides):
     return parse(TINY, default_name="tiny", overrides=overrides)
 
 
-def labelled():
-    """Processes of any run, living or dead, of this machine."""
-    found = set()
-    for process in psutil.process_iter():
-        try:
-            run = process.environ().get(RUN_LABEL)
-        except psutil.Error:
-            continue
-        if run is not None:
-            found.add(process.pid)
-    return found
-
-
 @pytest.fixture(autouse=True)
-def nothing_stays_behind():
-    processes, directories = labelled(), set(runtime_dir.found())
+def nothing_stays_behind(tmp_path):
+    """Of this test's runs: others may run on this machine at the same time."""
     yield
-    assert labelled() <= processes
-    assert set(runtime_dir.found()) <= directories
+    for manifest in tmp_path.rglob("manifest.json"):
+        nothing_is_left_of(RunDir(manifest.parent))
 
 
 @pytest.mark.parametrize("skip", ["none", "both"])
