@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -47,10 +48,13 @@ class FreezerGroup:
     """One control group. `path` is where a process writes itself into `cgroup.procs`."""
 
     def __init__(self, path: Path, kind: Kind) -> None:
-        """Make it. Raises OSError."""
+        """Speak to the group at `path`; it is there, or `make` makes it."""
         self.path = path
         self._kind = kind
-        path.mkdir()
+
+    def make(self) -> None:
+        """Make it. Raises OSError."""
+        self.path.mkdir()
 
     def freeze(self) -> None:
         """Stop every process of the group, and return when all stand still. Raises FreezerUnavailableError."""
@@ -82,6 +86,32 @@ class FreezerGroup:
             else:
                 return
 
+    def end(self) -> bool:
+        """Thaw, kill every process in it, and remove it; false when it was gone already. Raises OSError."""
+        try:
+            self.thaw()
+            while members := self.members():
+                for pid in members:
+                    self._kill(pid)
+        except FileNotFoundError:
+            return False
+        self.remove()
+        return True
+
+    def _kill(self, pid: int) -> None:
+        """SIGKILL for a process that is in the group, whoever got its number since."""
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        try:
+            if pid in self.members():
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        finally:
+            os.close(fd)
+
     @property
     def frozen(self) -> bool:
         """Whether everything in it stands still."""
@@ -104,8 +134,9 @@ def make_group(name: str) -> FreezerGroup:
     """A group that can freeze. Raises FreezerUnavailableError with what was tried."""
     tried = []
     for place, kind in sorted(_places(), key=lambda found: found[1] is not VERSION_2):
+        group = FreezerGroup(place / name, kind)
         try:
-            group = FreezerGroup(place / name, kind)
+            group.make()
         except OSError as error:
             tried.append(f"{place}: {error.strerror}")
             continue
@@ -115,6 +146,16 @@ def make_group(name: str) -> FreezerGroup:
         tried.append(f"{place}: {problem}")
         group.remove()
     raise FreezerUnavailableError("; ".join(tried) or "no control group file system is mounted")
+
+
+def groups_named(pattern: str) -> list[FreezerGroup]:
+    """Groups whose name matches the shell pattern, wherever `make_group` may have made them."""
+    return [
+        FreezerGroup(path, kind)
+        for place, kind in _places()
+        for path in sorted(place.glob(pattern))
+        if path.is_dir()
+    ]
 
 
 def unavailable() -> str:

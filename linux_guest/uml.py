@@ -2,8 +2,7 @@
 
 Rule 1: everything of a guest is in one private directory, apart from its RAM, which is an unlinked file that
         only its processes hold.
-Rule 2: it outlives whoever started it and its own kernel, whose programs then run on untraced. So its processes
-        are kept track of, by a session or a control group of their own, and its end is the end of them all.
+Rule 2: its end is the end of every process it made, and is waited for (launch.py says why that matters).
 Rule 3: every wait has a deadline, and what the guest said last is in the error.
 """
 
@@ -81,7 +80,7 @@ class LinuxGuest:
         memory_bytes: RAM.
         vhost_socket: of the balloon device, which must listen already; without, there is no balloon.
         parameters: further words of the kernel's command line.
-        group: control group that all of its processes join; without one they are a session of their own.
+        group: control group that all of its processes join.
         on_beat: called with every number of the guest's clock, on a thread of its own.
 
     Raises:
@@ -106,7 +105,9 @@ class LinuxGuest:
         self._parameters = parameters
         self._group = group
         self._on_beat = on_beat
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None  # the launcher
+        self._kernel_pid = 0
+        self._first_fd = -1  # of the namespace's first process
         self._lines: _Lines
         self._commands_fd = -1
         self._clock: threading.Thread | None = None
@@ -130,9 +131,9 @@ class LinuxGuest:
 
     @property
     def pid(self) -> int:
-        """Of its first process, the kernel; also the session's id."""
-        assert self._process is not None, "not started"
-        return self._process.pid
+        """Of its kernel."""
+        assert self._kernel_pid, "not started"
+        return self._kernel_pid
 
     @property
     def alive(self) -> bool:
@@ -140,12 +141,17 @@ class LinuxGuest:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start the kernel, which is killed when the thread that calls this ends. Raises OSError."""
+        """Start the kernel, which is killed when the thread that calls this ends.
+
+        Raises:
+            OSError, GuestSilentError: it cannot be started.
+        """
         (self._directory / "initrd").write_bytes(initrd.build(self._programs))
         commands, self._commands_fd = os.pipe()
         answers, answers_end = os.pipe()
         beats, beats_end = os.pipe()
-        given = (commands, answers_end, beats_end)
+        pids, pids_end = os.pipe()
+        given = (commands, answers_end, beats_end, pids_end)
         try:
             with self.kernel_log.open("ab") as log:
                 self._process = subprocess.Popen(
@@ -154,8 +160,7 @@ class LinuxGuest:
                     stdout=log,
                     stderr=log,
                     pass_fds=given,
-                    # In a control group it stays in its starter's session, whose end is then its end too.
-                    start_new_session=self._group is None,
+                    start_new_session=True,  # a Ctrl-C is its starter's matter
                 )
         finally:
             for fd in given:
@@ -165,9 +170,19 @@ class LinuxGuest:
             target=self._hear_beats, args=(beats,), name="guest-clock", daemon=True
         )
         self._clock.start()
+        self._take_pids(pids)
 
-    def _command(self, commands_fd: int, answers_fd: int, beats_fd: int) -> list[str]:
-        launch = [sys.executable, "-m", "linux_guest.launch"]
+    def _take_pids(self, fd: int) -> None:
+        with os.fdopen(fd, "rb") as pids:
+            told = pids.read().split()  # until the kernel's program runs, or could not be run
+        if told:
+            self._first_fd = os.pidfd_open(int(told[0]))
+        if len(told) != 2:
+            raise GuestSilentError(f"the guest was not started: {self.last_words()}")
+        self._kernel_pid = int(told[1])
+
+    def _command(self, commands_fd: int, answers_fd: int, beats_fd: int, pids_fd: int) -> list[str]:
+        launch = [sys.executable, "-m", "linux_guest.launch", "--pids", str(pids_fd)]
         if self._group is not None:
             launch += ["--cgroup", str(self._group.path)]
         words = [
@@ -197,8 +212,9 @@ class LinuxGuest:
 
     def wait_for_end(self) -> None:
         """Until the kernel has ended, however it does; for a thread of its own."""
+        assert self._process is not None, "not started"
         with contextlib.suppress(ChildProcessError):  # `alive` or `kill` has reaped it
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
 
     def end(self, *, power_off: bool = True) -> None:
         """Power off if asked to, then end every process. Idempotent."""
@@ -218,17 +234,15 @@ class LinuxGuest:
             self._lines.close()
 
     def kill(self) -> None:
-        """SIGKILL for every process, until none is left. Idempotent."""
+        """End every process of the guest, without asking it. Idempotent."""
         assert self._process is not None, "not started"
         if self._group is not None:
             self._group.thaw()
-        # A session's leader is reaped last: until then nobody else can get its id.
-        while members := self._group.members() if self._group is not None else _session(self.pid):
-            for pid in members:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            if members == {self.pid}:
-                break
+        if self._first_fd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._first_fd, signal.SIGKILL)  # and with it its namespace
+            os.close(self._first_fd)
+            self._first_fd = -1
         self._process.wait()
 
     # --- the guest --------------------------------------------------------------------------------
@@ -347,18 +361,3 @@ class _Lines:
     def close(self) -> None:
         """Close it."""
         os.close(self._fd)
-
-
-def _session(leader: int) -> set[int]:
-    """Every process of the session, the leader too as long as it is not reaped."""
-    members = set()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            fields = (entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[3]) == leader:
-            members.add(int(entry.name))
-    return members

@@ -1,8 +1,10 @@
 """Removes what crashed runs left behind, and nothing else.
 
 Rule 1: an object is ours when it carries our label: a process the run's name in its environment and one of
-        our command lines, a directory our name, our owner and our lock file.
-Rule 2: it is left behind when its run is dead: nobody holds the lock of the run's runtime directory any more.
+        our command lines, a directory our name, our owner and our lock file, a control group our name and owner.
+Rule 2: it is left behind when its run is dead: nobody holds the lock of the run's runtime directory any more. A
+        control group names the agent that made it, and is left behind when that is gone: whatever is in it is a
+        guest that nobody holds, and may be frozen.
 Rule 3: a process is killed through a descriptor of it (pidfd), and its label is read after that was opened:
         a recycled process id is never hit.
 Rule 4: what was removed is told, one line each; a dry run tells the same and does nothing.
@@ -11,19 +13,23 @@ Rule 4: what was removed is told, one line each; a dry run tells the same and do
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from linux_guest.freezer import FreezerGroup, groups_named
 from testbed.hosts import runtime_dir
 from testbed.hosts.local import RUN_LABEL, RUNTIME_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MODULES: Final = ("guest_agent", "host")  # what runs start, as `python -m MODULE`
+MODULES: Final = ("guest_agent", "host", "linux_guest")  # what runs start, as `python -m MODULE`
+LINUX_KERNEL: Final = "linux.uml"
+GROUP_NAME: Final = re.compile(r"^ballast-[A-Za-z0-9]+-(\d+)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +54,53 @@ class LeftDirectory:
         return f"directory {self.path}"
 
 
-def find() -> list[LeftProcess | LeftDirectory]:
-    """Everything that dead runs left behind: processes first, they may hold the directories' sockets."""
+@dataclass(frozen=True, slots=True)
+class LeftGroup:
+    """A control group of a Linux guest whose agent is gone."""
+
+    group: FreezerGroup
+
+    def __str__(self) -> str:
+        return f"control group {self.group.path}"
+
+
+Left = LeftProcess | LeftDirectory | LeftGroup
+
+
+def find() -> list[Left]:
+    """Everything that dead runs left behind. Groups first: what is frozen in them cannot end before it is thawed.
+
+    Then processes, which may hold the directories' sockets.
+    """
+    groups = [LeftGroup(group) for group in groups_named("ballast-*-*") if _is_left(group)]
     directories = [LeftDirectory(path) for path in runtime_dir.found() if runtime_dir.is_dead(path)]
-    return [*_processes(), *directories]
+    return [*groups, *_processes(), *directories]
 
 
-def remove(left: LeftProcess | LeftDirectory) -> bool:
+def remove(left: Left) -> bool:
     """Removes one of them; False when it was gone, or was no longer what it had been."""
-    return _kill(left) if isinstance(left, LeftProcess) else _delete(left)
+    match left:
+        case LeftProcess():
+            return _kill(left)
+        case LeftGroup(group):
+            return _is_left(group) and group.end()
+        case LeftDirectory():
+            return _delete(left)
+
+
+def _is_left(group: FreezerGroup) -> bool:
+    """Whether it is one of this user's, and the agent in its name does not live."""
+    name = GROUP_NAME.match(group.path.name)
+    try:
+        if name is None or group.path.stat().st_uid != os.getuid():
+            return False
+        return "linux_guest" not in _command_line(Path(f"/proc/{name[1]}"))[:3]
+    except FileNotFoundError:
+        return group.path.is_dir()
+
+
+def _command_line(entry: Path) -> list[str]:
+    return os.fsdecode((entry / "cmdline").read_bytes()).rstrip("\0").split("\0")
 
 
 def _processes() -> Iterator[LeftProcess]:
@@ -73,7 +117,7 @@ def _examine(pid: int) -> LeftProcess | None:
         if entry.stat().st_uid != os.getuid():
             return None
         environment = (entry / "environ").read_bytes().split(b"\0")
-        command = os.fsdecode((entry / "cmdline").read_bytes()).rstrip("\0").split("\0")
+        command = _command_line(entry)
     except (FileNotFoundError, PermissionError, ProcessLookupError):
         return None
     labels = dict(os.fsdecode(item).partition("=")[::2] for item in environment)
@@ -84,7 +128,9 @@ def _examine(pid: int) -> LeftProcess | None:
 
 
 def _is_ours(command: list[str]) -> bool:
-    return len(command) >= 3 and command[1] == "-m" and command[2] in MODULES
+    if Path(command[0]).name == LINUX_KERNEL:
+        return True
+    return len(command) >= 3 and command[1] == "-m" and command[2].partition(".")[0] in MODULES
 
 
 def _run_is_dead(run: str, runtime: Path) -> bool:

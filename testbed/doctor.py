@@ -145,12 +145,12 @@ def _linux_guest() -> Checkup:
         required=False,
         found=reason or "kernel, balloon driver and a static busybox",
         needed_for="guest.kind = 'linux', and the tests against the stock driver",
-        remedy="apt-get install user-mode-linux busybox-static",
+        remedy="as root: apt-get install user-mode-linux busybox-static",
     )
 
 
 def _freezer() -> Checkup:
-    reason = machine.probe_freezer()
+    reason = machine.probe_freezing()
     return Checkup(
         "cgroup freezer",
         ok=not reason,

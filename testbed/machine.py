@@ -93,7 +93,7 @@ def lacks(scenario: Scenario) -> Iterator[str]:
 
 
 def _lacks_for_linux(scenario: Scenario) -> Iterator[str]:
-    for reason in (probe_linux_guest(), probe_freezer()):
+    for reason in (probe_linux_guest(), probe_freezing()):
         if reason:
             yield reason
     free = shutil.disk_usage(LINUX_RAM).free
@@ -105,18 +105,17 @@ def _lacks_for_linux(scenario: Scenario) -> Iterator[str]:
 
 
 def probe_linux_guest() -> str:
-    """The programs of a stock Linux guest."""
-    from linux_guest import packages  # noqa: PLC0415 - only for such guests
+    """The programs of a stock Linux guest, and the right to run them apart."""
+    from linux_guest import probe  # noqa: PLC0415 - only for such guests
 
-    return packages.missing()
+    return probe.programs() or probe.namespace()
 
 
-def probe_freezer() -> str:
+def probe_freezing() -> str:
     """A control group freezer, with which a Linux guest is paused."""
-    from linux_guest import freezer  # noqa: PLC0415
+    from linux_guest import probe  # noqa: PLC0415
 
-    reason = freezer.unavailable()
-    return f"pausing a Linux guest needs the cgroup freezer: {reason}" if reason else ""
+    return probe.freezing()
 
 
 def probe_memfd() -> str:

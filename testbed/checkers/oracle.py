@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from guest_agent.oracle import expectations
-from testbed.verdict import Finding, invalid, unknown, valid
+from testbed.verdict import Finding, Verdict, invalid, unknown, valid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,11 +26,14 @@ ITEMS_SHOWN_MAX = 8
 def check(record: RunRecord) -> Finding:
     """Looks at the recorded self-check and at the guest's beats."""
     rollbacks = [*_clock_went_back(record), *_versions_repeat(record)]
-    if rollbacks:
-        return invalid(*rollbacks)
     if record.outcome == "guest_lost" or record.last("migration_requested", "testbed") is None:
-        return valid("the guest was lost with its host, or no migration was begun: nothing to ask")
-    return _self_check(record)
+        asked = valid("the guest was lost with its host, or no migration was begun: nothing to ask")
+    else:
+        asked = _self_check(record)
+    if rollbacks:  # and what the guest itself found, where it found something
+        found = asked.reasons if asked.verdict is Verdict.INVALID else ()
+        return invalid(*rollbacks, *found, **asked.figures)
+    return asked
 
 
 def _self_check(record: RunRecord) -> Finding:

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
+from linux_guest.freezer import groups_named
 from testbed.errors import RunBrokenError
 from testbed.hosts.process import OwnedProcess
 from testbed.node_client import NodeClient
@@ -112,6 +113,7 @@ class LocalHosts:
             "--vhost-socket", str(self._runtime.socket(f"{short}.vhost")),
             "--agent-socket", str(self._runtime.socket(f"{short}.agent")),
         ]  # fmt: skip
+        stack.callback(self._end_groups)
         agent = self._process(stack, f"{origin}-agent", [
             self._agent_module(origin), "--name", short, *sockets, *self._agent_arguments(origin),
         ])  # fmt: skip
@@ -125,6 +127,12 @@ class LocalHosts:
         stack.callback(client.close)
         stack.callback(self._end_node, node, client)
         return node, agent, client
+
+    def _end_groups(self) -> None:
+        """The control group of a Linux guest whose agent was killed."""
+        if self._scenario.guest.kind == "linux":
+            for group in groups_named(f"ballast-{self._environment[RUN_LABEL]}-*"):
+                group.end()
 
     def _agent_module(self, origin: Origin) -> str:
         """A Linux guest is at the source; whoever waits at the destination waits in vain."""

@@ -12,7 +12,7 @@ import pytest
 from host.balloon_server import BalloonServer
 from host.device_log import DeviceLog
 from host.hint_batch import HintBatch
-from linux_guest import packages
+from linux_guest import probe
 from linux_guest.frame_table import FrameTable
 from linux_guest.marker import Marker
 from linux_guest.ram_file import RamFile
@@ -21,10 +21,8 @@ from virtio.balloon_device import FEATURES_DEFAULT
 
 PAGE_BYTES = 4096
 WAIT_S = 20.0
-needs_linux = [
-    pytest.mark.interop,
-    pytest.mark.skipif(bool(packages.missing()), reason=packages.missing() or "everything is there"),
-]
+LACKS = probe.programs() or probe.namespace()
+needs_linux = [pytest.mark.interop, pytest.mark.skipif(bool(LACKS), reason=LACKS or "nothing is missing")]
 
 
 def wait_until(true: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
