@@ -1,8 +1,7 @@
 """The wire meter counts the connections to one peer, all of them, and only those of this process."""
 
-from __future__ import gc
-
 import contextlib
+import gc
 import socket
 import threading
 from concurrent import futures
