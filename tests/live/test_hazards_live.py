@@ -12,9 +12,11 @@ import pytest
 
 from testbed.checkers import memory
 from testbed.record import load
-from tests.live.runs import WRITER, Bed, guest_is_whole, log_of, misbehave, perform, scenario
+from tests.live.runs import WRITER, Bed, guest_is_whole, log_of, misbehave, perform, scenario, waited_for
 
 pytestmark = pytest.mark.live
+
+SHORT_WAIT = ("migration.hint_wait=50ms",)
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def test_hazard_2_and_3_hints_that_go_on_into_later_rounds_are_stale(migrates):
 
 
 def test_hazard_3_replayed_ids_and_late_stops_skip_nothing(migrates):
-    _, result = migrates("guest.replays_ids")
+    _, result = migrates("guest.replays_ids", overrides=SHORT_WAIT)
     assert result.hints.stale_pages > 0
     assert [entry["hinted_pages"] for entry in result.hints.rounds[1:]] == [0] * (
         len(result.hints.rounds) - 1
@@ -61,9 +63,7 @@ def test_hazard_3_replayed_ids_and_late_stops_skip_nothing(migrates):
 
 
 def test_hazard_4_a_report_that_never_ends_delays_each_round_by_the_bounded_wait(migrates):
-    record, result = migrates(
-        "guest.never_ends_its_report", overrides=["migration.hint_wait=50ms"], done=False
-    )
+    record, result = migrates("guest.never_ends_its_report", overrides=SHORT_WAIT, done=False)
     assert not [event for event in record.all("hints_stopped", "source") if event.fields["reason"] == "stop"]
     assert result.hints.skipped_pages > 0, "what was hinted before it fell silent counts"
 
@@ -109,7 +109,7 @@ def test_hazard_5_done_reaches_the_guest_at_the_source_after_a_cancel_and_the_ne
         assert ended.fields["outcome"] == "completed"
         assert ended.fields["hints"]["skipped_pages"] > 0
         bed.wait("hints_done", "dest")
-        bed.until(lambda: bed.dest.guest_status().held_pages == 0, "DONE from the destination")
+        waited_for(lambda: bed.dest.guest_status().held_pages == 0, "DONE from the destination")
         bed.check(bed.dest)
 
 
@@ -123,7 +123,7 @@ def test_hazard_9_lies_in_chains_cost_the_guest_nothing_but_its_chains(migrates)
 
 
 def test_hazard_9_a_ruined_ring_ends_the_hints_and_not_the_migration(migrates):
-    _, result = migrates("guest.breaks_its_ring", done=False)
+    _, result = migrates("guest.breaks_its_ring", overrides=SHORT_WAIT, done=False)
     assert result.hints.hinted_pages == 0
 
 
@@ -155,15 +155,15 @@ def test_hazard_13_a_balloon_that_moves_in_mid_migration_loses_nothing(tmp_path)
         since_ns = bed.begin()
         bed.wait("progress", "source", since_ns)
         bed.source.set_balloon(4096)
-        bed.until(lambda: bed.source.guest_status().actual == 4096, "the balloon to inflate")
+        waited_for(lambda: bed.source.guest_status().actual == 4096, "the balloon to inflate")
         bed.source.set_balloon(1024)
-        bed.until(lambda: bed.source.guest_status().actual == 1024, "the balloon to deflate")
+        waited_for(lambda: bed.source.guest_status().actual == 1024, "the balloon to deflate")
         ended = bed.wait("migration_ended", "source", since_ns)
         assert ended.fields["outcome"] == "completed", ended.fields["reason"]
         bed.fetch("source_hashes", "frames", "sent", "dest_hashes")
         bed.wait("guest_running", "dest")
         assert bed.dest.guest_status().ballooned_pages == 1024
         bed.dest.set_balloon(0)
-        bed.until(lambda: bed.dest.guest_status().ballooned_pages == 0, "the balloon to deflate there")
+        waited_for(lambda: bed.dest.guest_status().ballooned_pages == 0, "the balloon to deflate there")
         bed.check(bed.dest)
     assert memory.check(load(bed.run_dir.path)).reasons == ()

@@ -162,7 +162,6 @@ def test_ctrl_c_cancels_checks_the_guest_and_takes_everything_down(slow_file, tm
 
 
 def test_a_killed_testbed_takes_its_processes_along_and_clean_removes_the_rest(slow_file, tmp_path):
-    before = {str(left) for left in find()}
     with ballast("run", slow_file, "--out", tmp_path / "runs") as process:
         wait_for_line(process, "progress")
         mine = {child.pid for child in psutil.Process(process.pid).children()}
@@ -173,7 +172,9 @@ def test_a_killed_testbed_takes_its_processes_along_and_clean_removes_the_rest(s
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in mine):
         assert time.monotonic() < deadline, "the kernel was asked to end them with their starter"
         os.sched_yield()
-    left = [one for one in find() if str(one) not in before]
+    (manifest,) = (tmp_path / "runs").glob("*/2*/manifest.json")
+    run = json.loads(manifest.read_text())["run"]
+    left = [one for one in find() if run in str(one)]
     assert len(left) == 1, "only the runtime directory"
     assert all(remove(one) for one in left)
 
