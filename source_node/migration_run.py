@@ -193,7 +193,7 @@ class MigrationRun:
         if shell.watch.decided_ns and outcome.outcome != "completed":
             # COMMITTED was answered: whatever went wrong afterwards, the destination has the guest.
             outcome = do.EndMigration("completed", f"the destination runs the guest; but {outcome.reason}")
-        elif outcome.outcome != "completed" and host.guest.process_gone:
+        elif outcome.outcome != "completed" and not host.guest.found_again():
             # Its RAM and its vCPU state were in that process: there is nothing left that anybody could run.
             outcome = do.EndMigration("guest_lost", outcome.reason)
         missing: list[str] = []
