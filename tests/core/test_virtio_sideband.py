@@ -128,7 +128,8 @@ def test_random_bytes_raise_nothing_else(data: bytes):
         sideband.decode(data)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5))
+# Four leaves: five small numbers would be the bases of five rings, which are right.
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=4))
 def test_random_device_states_are_checked(value: object):
     message = {
         "op": "restore",
