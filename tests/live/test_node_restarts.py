@@ -15,7 +15,10 @@ import psutil
 import pytest
 
 from migration.pb import node_pb2, node_pb2_grpc
-from tests.live.runs import SLOW, WAIT_S, WRITER, Bed, scenario
+from tests.live.runs import WAIT_S, WRITER, Bed, scenario
+
+# Sixteen hundred kept pages at this rate are the better part of a second: time to interfere.
+SLOW = ("migration.bandwidth=16MiB/s",)
 
 
 class Restarted:
