@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from migration.pb import node_pb2, node_pb2_grpc
-from tests.live.runs import WAIT_S, WRITER, Bed, scenario
+from tests.live.runs import WAIT_S, WRITER, Bed, scenario, waited_for
 
 # Sixteen hundred kept pages at this rate are the better part of a second: time to interfere.
 SLOW = ("migration.bandwidth=16MiB/s",)
@@ -89,7 +89,7 @@ def test_a_source_node_killed_in_a_round_burns_the_attempt_and_can_try_again(tmp
             source.wait("guest_attached")
             assert source.journal_states() == [(1, "ABORTED")]
             assert source.status().state == "running"
-            bed.until(lambda: source.status().held_pages == 0, "DONE to reach the guest")
+            waited_for(lambda: source.status().held_pages == 0, "DONE to reach the guest")
             assert '"outcome":"completed"' in retry(bed, source, attempt=2)
             bed.wait("guest_running", "dest")
 
@@ -113,7 +113,7 @@ def test_a_source_node_killed_while_its_guest_is_paused_lets_it_run_on(tmp_path,
             else:
                 source.wait("guest_resumed")
             assert source.journal_states() == [(1, "ABORTED")]
-            bed.until(lambda: source.status().state == "running", "the guest to run on")
+            waited_for(lambda: source.status().state == "running", "the guest to run on")
             assert '"outcome":"completed"' in retry(bed, source, attempt=2)
 
 
