@@ -137,9 +137,10 @@ def test_pressure_before_done_takes_hinted_pages_back(guest):
     marker = guest.marker(pages)
     taken_back = int(hinted[marker.pfns].sum())
     assert taken_back > pages // 2, "the shrinker gave held blocks back"
-    assert not marker.problems(), "a hinted page was touched by the host"
+    # Wherever they stand now: a kernel that is short of memory moves pages together.
+    assert not marker.find_again(), "a hinted page was touched by the host"
     guest.end_report()
-    assert not marker.problems()
+    assert not marker.find_again()
     marker.end()
 
 
@@ -178,7 +179,7 @@ def test_deflate_on_oom_gives_pages_back_before_a_process_dies(guest):
     marker = guest.marker(2 * spare_bytes // PAGE_BYTES)
     status = guest.device.status()
     assert status.actual < balloon
-    assert not marker.problems()
+    assert not marker.find_again()
     marker.end()
     guest.balloon(0)
     assert guest.linux.sh("dmesg | grep -c 'Killed process' || true").strip() == "0"
