@@ -15,6 +15,7 @@ import struct
 from typing import Final
 
 USERFAULTFD_DEVICE: Final = "/dev/userfaultfd"
+UFFD_USER_MODE_ONLY: Final = 1
 SYSCALL_USERFAULTFD: Final = {"x86_64": 323, "aarch64": 282, "riscv64": 282}
 
 _UFFD_TYPE: Final = 0xAA
@@ -59,7 +60,9 @@ def open_userfaultfd() -> int:
     try:
         device = os.open(USERFAULTFD_DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as unavailable:
-        return _open_by_syscall(flags, unavailable)
+        # Faults of the kernel itself need a privilege only where a handler must answer them. Asynchronous
+        # write protection has no handler, so what anybody may have is enough.
+        return _open_by_syscall(flags | UFFD_USER_MODE_ONLY, unavailable)
     try:
         return fcntl.ioctl(device, USERFAULTFD_IOC_NEW, flags)
     finally:

@@ -14,6 +14,7 @@ from guest_agent.buddy import BuddyAllocator
 from guest_agent.errors import RestoreError
 from guest_agent.frames import FrameTable
 from guest_agent.ram import GuestRam
+from host.pagemap import WriteScanner
 
 MIB = 1 << 20
 
@@ -178,3 +179,26 @@ def test_a_copy_of_ram_is_the_same_guest(ram: GuestRam) -> None:
     assert BootPage.open(copy).beats == 5
     assert np.array_equal(copy.words, ram.words)
     copy.close()
+
+
+def test_what_anybody_may_open_tracks_also_what_the_kernel_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without privilege there is only a userfaultfd for user-mode faults; read(2) into RAM is the kernel's."""
+    monkeypatch.setattr(uffd, "USERFAULTFD_DEVICE", "/dev/no-such-device")
+    ram = GuestRam.create(64 * 4096)
+    protected = ram.protect()
+    assert protected.reason == ""
+    assert protected.pagemap_fd is not None
+    scanner = WriteScanner(os.dup(protected.pagemap_fd), ram.base_address, ram.pages)
+    scanner.scan_and_protect()
+    reader, writer = os.pipe()
+    os.write(writer, bytes(range(256)) * 16)
+    os.readv(reader, [ram.memory[7 * 4096 : 8 * 4096]])  # never touched before: an unpopulated page
+    ram.words[9, 0] = 1
+    assert np.flatnonzero(scanner.scan_and_protect()).tolist() == [7, 9]
+    os.write(writer, bytes(4096))
+    os.readv(reader, [ram.memory[7 * 4096 : 8 * 4096]])  # populated and write-protected
+    assert np.flatnonzero(scanner.scan_and_protect()).tolist() == [7]
+    os.close(reader)
+    os.close(writer)
+    scanner.close()
+    ram.close()
