@@ -43,6 +43,7 @@ def start(tmp_path):
     package = tmp_path / "stand_in"
     for module in ("host", "other"):
         (package / module).mkdir(parents=True)
+        (package / module / "__init__.py").touch()  # a regular package: found before any other of its name
         (package / module / "__main__.py").write_text("print('up', flush=True)\ninput()\n")
     started = []
 
