@@ -125,15 +125,11 @@ class Intake:
     def prepare(self, key: AttemptKey, request: migration_pb2.PrepareRequest) -> do.Reply:
         """Verify, restore, record PREPARED."""
         with self._lock:
-            receiver = self._receiver
-            if (
-                key == self._machine.key
-                and receiver is not None
-                and request.incarnation != receiver.incarnation
-            ):
-                raise RemoteProtocolError("Prepare names another incarnation of this memory")
-            if self._machine.phase is DestPhase.RECEIVING:
-                self._prepare = request
+            if key == self._machine.key and self._receiver is not None:
+                if request.incarnation != self._receiver.incarnation:
+                    raise RemoteProtocolError("Prepare names another incarnation of this memory")
+                if self._machine.phase is DestPhase.RECEIVING:
+                    self._prepare = request
             return self._drive(
                 told.PrepareRequested(
                     key, request.incarnation, request.image_digest, request.chunks, request.rehearsal

@@ -355,11 +355,19 @@ class SourceShell:
             self._host.events.add("abort_unheard", reason=problem)
 
     def _note(self, name: str, fields: dict[str, object]) -> None:
-        if fields.get("decision") == "handover" and not self._last_round:
+        if fields.get("decision") == "handover":
             # The guest stands still, and reading the connection's counters takes milliseconds: told a little
             # later, while the destination is at work.
             self._last_round = fields
-            return
+        else:
+            self._tell(name, fields)
+
+    def _tell_last_round(self) -> None:
+        fields, self._last_round = self._last_round, {}
+        if fields:
+            self._tell("round_ended", fields)
+
+    def _tell(self, name: str, fields: dict[str, object]) -> None:
         if name == "round_ended":
             fields |= self.wire.round_ended(self._machine.ledger, self._pages, self._peer)
             fields["hint_ranges"] = self._hint_log.ranges
@@ -367,14 +375,11 @@ class SourceShell:
             fields["cpu_seconds"] = cpu_seconds()  # of this process so far: what a round cost is a difference
         self._host.events.add(name, **fields)
 
-    def _tell_last_round(self) -> None:
-        if self._last_round:
-            self._note("round_ended", self._last_round)
-
     # -- the end -------------------------------------------------------------------------------
 
     def byte_counts(self) -> dict[str, object]:
         """The `bytes` of the result, while the connection can still be asked."""
+        self._tell_last_round()  # of an attempt that ended between its last page and Prepare
         return self.wire.totals(self._machine.ledger, self.stream, self._destination)
 
     def release(self) -> None:

@@ -96,14 +96,6 @@ class LocalHosts:
     ) -> None:
         self._stack.close()
 
-    def processes(self) -> dict[str, int]:
-        """Process ids by role in the run."""
-        return {
-            f"{origin}_{part}": process.pid
-            for origin, host in self.hosts.items()
-            for part, process in (("node", host.node), ("agent", host.agent))
-        }
-
     def _start(self, stack: ExitStack, origin: Origin) -> tuple[OwnedProcess, OwnedProcess, NodeClient]:
         node_dir = self._run_dir.node(origin)
         node_dir.mkdir()
