@@ -3,9 +3,9 @@
 Rule 1: signals will not do: SIGSTOP kills User-Mode Linux or leaves its programs running, as it traces them.
 Rule 2: a freezer is usable when it froze a process of ours; that is tried, never read off a version.
 Rule 3: a group holds the processes of one guest and is removed with them.
-Rule 4: the order to freeze is repeated until everything stands still. Version 1 looks at each process once; one that
-was just entering a ptrace stop is frozen neither then nor later (about one freeze in 300 of a busy guest), and a
-second order finds it stopped.
+Rule 4: the order to freeze is repeated until everything stands still. Version 1 looks at each process once; one
+that was just entering a ptrace stop is frozen neither then nor later (about one freeze in 300 of a busy guest), and
+a second order finds it stopped.
 
 Both kinds serve: `cgroup.freeze` of version 2 first, because a process that it froze can still be killed, then
 the controller "freezer" of version 1 (freezer.state), whose frozen processes hold out until they are thawed.

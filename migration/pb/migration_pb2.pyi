@@ -92,10 +92,21 @@ class OpenRequest(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     PAGE_BYTES_FIELD_NUMBER: _builtins.int
     INTEGRITY_FIELD_NUMBER: _builtins.int
+    STREAMS_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
+    LINK_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
     page_bytes: _builtins.int
     integrity: _builtins.str
     """"full": hash what is read back before the guest starts; "stream": hashes in flight"""
+    streams: _builtins.int
+    """page streams of this attempt, each with its own sequence; 0 means 1"""
+    resume: _builtins.bool
+    """The connection was lost: go on with the memory of this very attempt. Streams that are still open are cut and
+    joined before the answer, so that nothing of them is stored any more. Refused when the attempt is not RECEIVING.
+    """
+    link_timeout_ms: _builtins.int
+    """keep what was received this long while no stream is open; 0: the destination's own"""
     @_builtins.property
     def id(self) -> Global___AttemptId: ...
     def __init__(
@@ -105,10 +116,13 @@ class OpenRequest(_message.Message):
         memory_bytes: _builtins.int = ...,
         page_bytes: _builtins.int = ...,
         integrity: _builtins.str = ...,
+        streams: _builtins.int = ...,
+        resume: _builtins.bool = ...,
+        link_timeout_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "integrity", b"integrity", "memory_bytes", b"memory_bytes", "page_bytes", b"page_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "integrity", b"integrity", "link_timeout_ms", b"link_timeout_ms", "memory_bytes", b"memory_bytes", "page_bytes", b"page_bytes", "resume", b"resume", "streams", b"streams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -119,16 +133,22 @@ class OpenReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     INCARNATION_FIELD_NUMBER: _builtins.int
+    STORED_BELOW_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
     """Names this incarnation of the destination's RAM. Acknowledgements count only for it."""
+    @_builtins.property
+    def stored_below(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """per stream, of a resumed attempt: chunks with a lower sequence are stored"""
+
     def __init__(
         self,
         *,
         incarnation: _builtins.str = ...,
+        stored_below: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "stored_below", b"stored_below"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -146,6 +166,7 @@ class PageChunk(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
     RUN_FIRST_FIELD_NUMBER: _builtins.int
     RUN_PAGES_FIELD_NUMBER: _builtins.int
     ZERO_FIRST_FIELD_NUMBER: _builtins.int
@@ -158,7 +179,9 @@ class PageChunk(_message.Message):
     round: _builtins.int
     """1-based"""
     sequence: _builtins.int
-    """0-based, consecutive over the whole attempt"""
+    """0-based, consecutive over the whole attempt in one stream"""
+    stream: _builtins.int
+    """0-based; the first chunk of a call says which stream it is, the others must agree"""
     page_hashes: _builtins.bytes
     """xxh3_64 of every data page, little-endian u64 each, in run order"""
     chunk_hash: _builtins.int
@@ -182,6 +205,7 @@ class PageChunk(_message.Message):
         attempt: _builtins.int = ...,
         round: _builtins.int = ...,
         sequence: _builtins.int = ...,
+        stream: _builtins.int = ...,
         run_first: _abc.Iterable[_builtins.int] | None = ...,
         run_pages: _abc.Iterable[_builtins.int] | None = ...,
         zero_first: _abc.Iterable[_builtins.int] | None = ...,
@@ -192,7 +216,7 @@ class PageChunk(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "chunk_hash", b"chunk_hash", "data", b"data", "incarnation", b"incarnation", "page_hashes", b"page_hashes", "round", b"round", "run_first", b"run_first", "run_pages", b"run_pages", "sequence", b"sequence", "zero_first", b"zero_first", "zero_pages", b"zero_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "chunk_hash", b"chunk_hash", "data", b"data", "incarnation", b"incarnation", "page_hashes", b"page_hashes", "round", b"round", "run_first", b"run_first", "run_pages", b"run_pages", "sequence", b"sequence", "stream", b"stream", "zero_first", b"zero_first", "zero_pages", b"zero_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -417,6 +417,16 @@ class MigrateRequest(_message.Message):
     ON_ROUNDS_MAX_FIELD_NUMBER: _builtins.int
     UNSAFE_CLEAR_DIRTY_LOG_AT_HINT_FIELD_NUMBER: _builtins.int
     REHEARSAL_FIELD_NUMBER: _builtins.int
+    STREAMS_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
+    DELTA_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    LINK_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    ON_TIMEOUT_FIELD_NUMBER: _builtins.int
+    ON_STALL_FIELD_NUMBER: _builtins.int
+    THROTTLE_START_PERCENT_FIELD_NUMBER: _builtins.int
+    THROTTLE_INCREMENT_PERCENT_FIELD_NUMBER: _builtins.int
+    THROTTLE_MAXIMUM_PERCENT_FIELD_NUMBER: _builtins.int
+    DEST_SERVER_NAME_FIELD_NUMBER: _builtins.int
     migration: _builtins.str
     attempt: _builtins.int
     dest_address: _builtins.str
@@ -441,6 +451,23 @@ class MigrateRequest(_message.Message):
     """LOSES WRITES. The dirty log of hinted pages is cleared when the hint is processed: an experiment (hazard 1)."""
     rehearsal: _builtins.bool
     """everything but the hand-over: the guest goes on at the source"""
+    streams: _builtins.int
+    """page streams; 0: chosen from the cores"""
+    compression: _builtins.str
+    """none | lz4 | zstd"""
+    delta_cache_bytes: _builtins.int
+    """of pages as the destination acknowledged them; 0: no deltas"""
+    link_timeout_ms: _builtins.int
+    """a lost connection may come back within this time; 0: it may not"""
+    on_timeout: _builtins.str
+    """cancel | switch"""
+    on_stall: _builtins.str
+    """none | switch | throttle | cancel: when rounds stop shrinking"""
+    throttle_start_percent: _builtins.int
+    throttle_increment_percent: _builtins.int
+    throttle_maximum_percent: _builtins.int
+    dest_server_name: _builtins.str
+    """of the destination's certificate; "": plain text (loopback only)"""
     def __init__(
         self,
         *,
@@ -458,10 +485,20 @@ class MigrateRequest(_message.Message):
         on_rounds_max: _builtins.str = ...,
         unsafe_clear_dirty_log_at_hint: _builtins.bool = ...,
         rehearsal: _builtins.bool = ...,
+        streams: _builtins.int = ...,
+        compression: _builtins.str = ...,
+        delta_cache_bytes: _builtins.int = ...,
+        link_timeout_ms: _builtins.int = ...,
+        on_timeout: _builtins.str = ...,
+        on_stall: _builtins.str = ...,
+        throttle_start_percent: _builtins.int = ...,
+        throttle_increment_percent: _builtins.int = ...,
+        throttle_maximum_percent: _builtins.int = ...,
+        dest_server_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "dest_address", b"dest_address", "downtime_limit_ms", b"downtime_limit_ms", "hint_wait_ms", b"hint_wait_ms", "integrity", b"integrity", "migration", b"migration", "on_rounds_max", b"on_rounds_max", "rehearsal", b"rehearsal", "rounds_max", b"rounds_max", "skip", b"skip", "timeout_ms", b"timeout_ms", "tracker", b"tracker", "unsafe_clear_dirty_log_at_hint", b"unsafe_clear_dirty_log_at_hint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "compression", b"compression", "delta_cache_bytes", b"delta_cache_bytes", "dest_address", b"dest_address", "dest_server_name", b"dest_server_name", "downtime_limit_ms", b"downtime_limit_ms", "hint_wait_ms", b"hint_wait_ms", "integrity", b"integrity", "link_timeout_ms", b"link_timeout_ms", "migration", b"migration", "on_rounds_max", b"on_rounds_max", "on_stall", b"on_stall", "on_timeout", b"on_timeout", "rehearsal", b"rehearsal", "rounds_max", b"rounds_max", "skip", b"skip", "streams", b"streams", "throttle_increment_percent", b"throttle_increment_percent", "throttle_maximum_percent", b"throttle_maximum_percent", "throttle_start_percent", b"throttle_start_percent", "timeout_ms", b"timeout_ms", "tracker", b"tracker", "unsafe_clear_dirty_log_at_hint", b"unsafe_clear_dirty_log_at_hint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -522,6 +559,146 @@ class CancelReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelReply: _TypeAlias = CancelReply  # noqa: Y015
+
+@_typing.final
+class DirtyRateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PERIOD_MS_FIELD_NUMBER: _builtins.int
+    PERIODS_FIELD_NUMBER: _builtins.int
+    period_ms: _builtins.int
+    """of one sample"""
+    periods: _builtins.int
+    def __init__(
+        self,
+        *,
+        period_ms: _builtins.int = ...,
+        periods: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["period_ms", b"period_ms", "periods", b"periods"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DirtyRateRequest: _TypeAlias = DirtyRateRequest  # noqa: Y015
+
+@_typing.final
+class DirtyRateReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIRTIED_PAGES_FIELD_NUMBER: _builtins.int
+    PERIOD_MS_FIELD_NUMBER: _builtins.int
+    WORKING_SET_PAGES_FIELD_NUMBER: _builtins.int
+    HINTABLE_PAGES_FIELD_NUMBER: _builtins.int
+    POPULATED_PAGES_FIELD_NUMBER: _builtins.int
+    working_set_pages: _builtins.int
+    """pages written in any of the periods"""
+    hintable_pages: _builtins.int
+    """free pages now: what hints would skip"""
+    populated_pages: _builtins.int
+    """not holes"""
+    @_builtins.property
+    def dirtied_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """per period"""
+
+    @_builtins.property
+    def period_ms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """how long each took"""
+
+    def __init__(
+        self,
+        *,
+        dirtied_pages: _abc.Iterable[_builtins.int] | None = ...,
+        period_ms: _abc.Iterable[_builtins.float] | None = ...,
+        working_set_pages: _builtins.int = ...,
+        hintable_pages: _builtins.int = ...,
+        populated_pages: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dirtied_pages", b"dirtied_pages", "hintable_pages", b"hintable_pages", "period_ms", b"period_ms", "populated_pages", b"populated_pages", "working_set_pages", b"working_set_pages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DirtyRateReply: _TypeAlias = DirtyRateReply  # noqa: Y015
+
+@_typing.final
+class ArmPointRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POINT_FIELD_NUMBER: _builtins.int
+    HOLD_MS_MAX_FIELD_NUMBER: _builtins.int
+    point: _builtins.str
+    """e.g. "prepare.sent" """
+    hold_ms_max: _builtins.int
+    """goes on by itself after this time, with an event that says so"""
+    def __init__(
+        self,
+        *,
+        point: _builtins.str = ...,
+        hold_ms_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold_ms_max", b"hold_ms_max", "point", b"point"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArmPointRequest: _TypeAlias = ArmPointRequest  # noqa: Y015
+
+@_typing.final
+class ArmPointReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArmPointReply: _TypeAlias = ArmPointReply  # noqa: Y015
+
+@_typing.final
+class ReleasePointRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POINT_FIELD_NUMBER: _builtins.int
+    point: _builtins.str
+    def __init__(
+        self,
+        *,
+        point: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["point", b"point"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleasePointRequest: _TypeAlias = ReleasePointRequest  # noqa: Y015
+
+@_typing.final
+class ReleasePointReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAS_HELD_FIELD_NUMBER: _builtins.int
+    was_held: _builtins.bool
+    def __init__(
+        self,
+        *,
+        was_held: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["was_held", b"was_held"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleasePointReply: _TypeAlias = ReleasePointReply  # noqa: Y015
 
 @_typing.final
 class ArtifactRequest(_message.Message):

@@ -84,6 +84,21 @@ class NodeStub:
                 request_serializer=migration_dot_pb_dot_node__pb2.CancelRequest.SerializeToString,
                 response_deserializer=migration_dot_pb_dot_node__pb2.CancelReply.FromString,
                 _registered_method=True)
+        self.MeasureDirtyRate = channel.unary_unary(
+                '/ballast.v1.Node/MeasureDirtyRate',
+                request_serializer=migration_dot_pb_dot_node__pb2.DirtyRateRequest.SerializeToString,
+                response_deserializer=migration_dot_pb_dot_node__pb2.DirtyRateReply.FromString,
+                _registered_method=True)
+        self.ArmPoint = channel.unary_unary(
+                '/ballast.v1.Node/ArmPoint',
+                request_serializer=migration_dot_pb_dot_node__pb2.ArmPointRequest.SerializeToString,
+                response_deserializer=migration_dot_pb_dot_node__pb2.ArmPointReply.FromString,
+                _registered_method=True)
+        self.ReleasePoint = channel.unary_unary(
+                '/ballast.v1.Node/ReleasePoint',
+                request_serializer=migration_dot_pb_dot_node__pb2.ReleasePointRequest.SerializeToString,
+                response_deserializer=migration_dot_pb_dot_node__pb2.ReleasePointReply.FromString,
+                _registered_method=True)
         self.Artifact = channel.unary_stream(
                 '/ballast.v1.Node/Artifact',
                 request_serializer=migration_dot_pb_dot_node__pb2.ArtifactRequest.SerializeToString,
@@ -167,6 +182,27 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MeasureDirtyRate(self, request, context):
+        """How fast the running guest dirties memory, from its dirty log. Refused while a migration is under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ArmPoint(self, request, context):
+        """Points (host/points.py): hold this node at a named step of the protocol until it is released; tests and faults
+        use it so that their schedule is exact. The event "point_reached" says that the node waits there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleasePoint(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Artifact(self, request, context):
         """A recorded artefact (page hashes, frame kinds, ...) of a finished migration, in pieces.
         """
@@ -233,6 +269,21 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=migration_dot_pb_dot_node__pb2.CancelRequest.FromString,
                     response_serializer=migration_dot_pb_dot_node__pb2.CancelReply.SerializeToString,
+            ),
+            'MeasureDirtyRate': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureDirtyRate,
+                    request_deserializer=migration_dot_pb_dot_node__pb2.DirtyRateRequest.FromString,
+                    response_serializer=migration_dot_pb_dot_node__pb2.DirtyRateReply.SerializeToString,
+            ),
+            'ArmPoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.ArmPoint,
+                    request_deserializer=migration_dot_pb_dot_node__pb2.ArmPointRequest.FromString,
+                    response_serializer=migration_dot_pb_dot_node__pb2.ArmPointReply.SerializeToString,
+            ),
+            'ReleasePoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleasePoint,
+                    request_deserializer=migration_dot_pb_dot_node__pb2.ReleasePointRequest.FromString,
+                    response_serializer=migration_dot_pb_dot_node__pb2.ReleasePointReply.SerializeToString,
             ),
             'Artifact': grpc.unary_stream_rpc_method_handler(
                     servicer.Artifact,
@@ -515,6 +566,87 @@ class Node:
             '/ballast.v1.Node/Cancel',
             migration_dot_pb_dot_node__pb2.CancelRequest.SerializeToString,
             migration_dot_pb_dot_node__pb2.CancelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureDirtyRate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ballast.v1.Node/MeasureDirtyRate',
+            migration_dot_pb_dot_node__pb2.DirtyRateRequest.SerializeToString,
+            migration_dot_pb_dot_node__pb2.DirtyRateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ArmPoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ballast.v1.Node/ArmPoint',
+            migration_dot_pb_dot_node__pb2.ArmPointRequest.SerializeToString,
+            migration_dot_pb_dot_node__pb2.ArmPointReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleasePoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ballast.v1.Node/ReleasePoint',
+            migration_dot_pb_dot_node__pb2.ReleasePointRequest.SerializeToString,
+            migration_dot_pb_dot_node__pb2.ReleasePointReply.FromString,
             options,
             channel_credentials,
             insecure,

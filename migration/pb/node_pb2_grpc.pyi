@@ -51,6 +51,13 @@ class NodeStub:
     """Source role: starts a migration and returns at once; the outcome is the event "migration_ended"."""
     Cancel: _grpc.UnaryUnaryMultiCallable[_node_pb2.CancelRequest, _node_pb2.CancelReply]
     """Source role: asks the running migration to stop. Effective until COMMITTING."""
+    MeasureDirtyRate: _grpc.UnaryUnaryMultiCallable[_node_pb2.DirtyRateRequest, _node_pb2.DirtyRateReply]
+    """How fast the running guest dirties memory, from its dirty log. Refused while a migration is under way."""
+    ArmPoint: _grpc.UnaryUnaryMultiCallable[_node_pb2.ArmPointRequest, _node_pb2.ArmPointReply]
+    """Points (host/points.py): hold this node at a named step of the protocol until it is released; tests and faults
+    use it so that their schedule is exact. The event "point_reached" says that the node waits there.
+    """
+    ReleasePoint: _grpc.UnaryUnaryMultiCallable[_node_pb2.ReleasePointRequest, _node_pb2.ReleasePointReply]
     Artifact: _grpc.UnaryStreamMultiCallable[_node_pb2.ArtifactRequest, _node_pb2.ArtifactPiece]
     """A recorded artefact (page hashes, frame kinds, ...) of a finished migration, in pieces."""
     Shutdown: _grpc.UnaryUnaryMultiCallable[_node_pb2.ShutdownRequest, _node_pb2.ShutdownReply]
@@ -77,6 +84,13 @@ class NodeAsyncStub(NodeStub):
     """Source role: starts a migration and returns at once; the outcome is the event "migration_ended"."""
     Cancel: _aio.UnaryUnaryMultiCallable[_node_pb2.CancelRequest, _node_pb2.CancelReply]  # type: ignore[assignment]
     """Source role: asks the running migration to stop. Effective until COMMITTING."""
+    MeasureDirtyRate: _aio.UnaryUnaryMultiCallable[_node_pb2.DirtyRateRequest, _node_pb2.DirtyRateReply]  # type: ignore[assignment]
+    """How fast the running guest dirties memory, from its dirty log. Refused while a migration is under way."""
+    ArmPoint: _aio.UnaryUnaryMultiCallable[_node_pb2.ArmPointRequest, _node_pb2.ArmPointReply]  # type: ignore[assignment]
+    """Points (host/points.py): hold this node at a named step of the protocol until it is released; tests and faults
+    use it so that their schedule is exact. The event "point_reached" says that the node waits there.
+    """
+    ReleasePoint: _aio.UnaryUnaryMultiCallable[_node_pb2.ReleasePointRequest, _node_pb2.ReleasePointReply]  # type: ignore[assignment]
     Artifact: _aio.UnaryStreamMultiCallable[_node_pb2.ArtifactRequest, _node_pb2.ArtifactPiece]  # type: ignore[assignment]
     """A recorded artefact (page hashes, frame kinds, ...) of a finished migration, in pieces."""
     Shutdown: _aio.UnaryUnaryMultiCallable[_node_pb2.ShutdownRequest, _node_pb2.ShutdownReply]  # type: ignore[assignment]
@@ -160,6 +174,31 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.CancelReply, _abc.Awaitable[_node_pb2.CancelReply]]:
         """Source role: asks the running migration to stop. Effective until COMMITTING."""
+
+    @_abc_1.abstractmethod
+    def MeasureDirtyRate(
+        self,
+        request: _node_pb2.DirtyRateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.DirtyRateReply, _abc.Awaitable[_node_pb2.DirtyRateReply]]:
+        """How fast the running guest dirties memory, from its dirty log. Refused while a migration is under way."""
+
+    @_abc_1.abstractmethod
+    def ArmPoint(
+        self,
+        request: _node_pb2.ArmPointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.ArmPointReply, _abc.Awaitable[_node_pb2.ArmPointReply]]:
+        """Points (host/points.py): hold this node at a named step of the protocol until it is released; tests and faults
+        use it so that their schedule is exact. The event "point_reached" says that the node waits there.
+        """
+
+    @_abc_1.abstractmethod
+    def ReleasePoint(
+        self,
+        request: _node_pb2.ReleasePointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.ReleasePointReply, _abc.Awaitable[_node_pb2.ReleasePointReply]]: ...
 
     @_abc_1.abstractmethod
     def Artifact(
