@@ -1,0 +1,5 @@
+"""`python -m testbed` is the command `ballast`."""
+
+from testbed.cli import main
+
+main()
