@@ -164,6 +164,24 @@ class NodeService(node_pb2_grpc.NodeServicer):
             effective, phase = role.cancel(request.reason)
         return node_pb2.CancelReply(effective=effective, phase=phase)
 
+    def MeasureDirtyRate(  # noqa: N802
+        self, request: node_pb2.DirtyRateRequest, context: grpc.ServicerContext
+    ) -> node_pb2.DirtyRateReply:
+        """Not served yet."""
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "the dirty rate is not measured yet")
+
+    def ArmPoint(  # noqa: N802
+        self, request: node_pb2.ArmPointRequest, context: grpc.ServicerContext
+    ) -> node_pb2.ArmPointReply:
+        """Not served yet."""
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "this node holds at no point yet")
+
+    def ReleasePoint(  # noqa: N802
+        self, request: node_pb2.ReleasePointRequest, context: grpc.ServicerContext
+    ) -> node_pb2.ReleasePointReply:
+        """Not served yet."""
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "this node holds at no point yet")
+
     def Artifact(  # noqa: N802
         self, request: node_pb2.ArtifactRequest, context: grpc.ServicerContext
     ) -> Iterator[node_pb2.ArtifactPiece]:
