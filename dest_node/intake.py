@@ -15,6 +15,7 @@ import psutil
 import structlog
 
 from dest_node.page_receiver import PageReceiver
+from dest_node.reached import reach_after, reach_before
 from host.clock import now_ns
 from host.errors import AgentError, AgentLost, HostError
 from host.guest_memory import HostRam
@@ -190,7 +191,10 @@ class Intake:
         self._reply = do.Reply(told.Answer.UNKNOWN)
         pending = list(self._machine.handle(event))
         while pending:
-            answer = self._carry_out(pending.pop(0))
+            command = pending.pop(0)
+            reach_before(self._host.points, command)
+            answer = self._carry_out(command)
+            reach_after(self._host.points, command)
             if answer is not None:
                 assert not pending, "an order that is answered is the last of its list"
                 pending = list(self._machine.handle(answer))

@@ -11,6 +11,7 @@ import threading
 from concurrent import futures
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -27,10 +28,16 @@ from host.hint_relay import HintRelay
 from host.journal import Journal
 from host.local_guest import LocalGuest
 from host.node import NodeService
+from host.points import Points
 from host.process import configure_logging, die_with_parent, keep_large_blocks
 from host.resources import ResourceMeter
 from host.roles import RoleRefused, load_role
 from migration.pb import migration_pb2, node_pb2, node_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from host.roles import Role
 
 CONTROL_THREADS = 16  # a Watch occupies one for as long as it lasts
 MIGRATION_THREADS = 8  # one page stream, its control calls, and those of an attempt that is being replaced
@@ -123,6 +130,7 @@ def serve(options: argparse.Namespace, stop: threading.Event) -> None:
             balloon=balloon,
             device_log=device_log,
             resources=resources,
+            points=Points(events),
             hints=relay,
         )
         context.artefacts_dir.mkdir(parents=True, exist_ok=True)
@@ -158,10 +166,16 @@ def serve(options: argparse.Namespace, stop: threading.Event) -> None:
         control_server.start()
         write_node_file(options.run_dir, control, migration_address)
         stop.wait()
-        for role in reversed(roles):
-            role.stop()
-        events.add("node_resources", **resources.fields())
-        events.add("node_stopping")
+        wind_up(context, roles)
+
+
+def wind_up(context: HostContext, roles: Sequence[Role]) -> None:
+    """The end in order: nobody is held at a point, the roles end what is under way, the last facts are told."""
+    context.points.close()
+    for role in reversed(roles):
+        role.stop()
+    context.events.add("node_resources", **context.resources.fields())
+    context.events.add("node_stopping")
 
 
 def add_services(server: grpc.Server, service: NodeService) -> None:

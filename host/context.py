@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from host.event_log import EventLog
     from host.journal import Journal
     from host.local_guest import LocalGuest
+    from host.points import Points
     from host.resources import ResourceMeter
 
 
@@ -31,6 +32,7 @@ class HostContext:
     balloon: BalloonServer
     device_log: DeviceLog
     resources: ResourceMeter
+    points: Points
     hints: HintRelay = field(default_factory=HintRelay)
 
     @property

@@ -173,14 +173,16 @@ class NodeService(node_pb2_grpc.NodeServicer):
     def ArmPoint(  # noqa: N802
         self, request: node_pb2.ArmPointRequest, context: grpc.ServicerContext
     ) -> node_pb2.ArmPointReply:
-        """Not served yet."""
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "this node holds at no point yet")
+        """Holds whoever reaches the point next."""
+        with told(context):
+            self._host.points.arm(request.point, request.hold_ms_max)
+        return node_pb2.ArmPointReply()
 
     def ReleasePoint(  # noqa: N802
         self, request: node_pb2.ReleasePointRequest, context: grpc.ServicerContext
     ) -> node_pb2.ReleasePointReply:
-        """Not served yet."""
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "this node holds at no point yet")
+        """Disarms it, and lets whoever waits there go on."""
+        return node_pb2.ReleasePointReply(was_held=self._host.points.release(request.point))
 
     def Artifact(  # noqa: N802
         self, request: node_pb2.ArtifactRequest, context: grpc.ServicerContext

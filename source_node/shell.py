@@ -31,6 +31,7 @@ from source_node.destination import Destination, id_message
 from source_node.hint_log import HintLog
 from source_node.hint_rule import SafeRule, UnsafeClearDirtyLogAtHint
 from source_node.page_reader import PageReader
+from source_node.reached import reach_after, reach_before
 from source_node.wire_account import WireAccount
 
 if TYPE_CHECKING:
@@ -135,7 +136,9 @@ class SourceShell:
     def execute(self, command: do.SourceCommand) -> None:
         """Carry one command out. Raises JournalConflict and sqlite3.Error; the rest becomes an event."""
         try:
+            reach_before(self._host.points, command, self._machine)
             self._carry_out(command)
+            reach_after(self._host.points, command)
         except (JournalConflict, sqlite3.Error):
             raise
         except (HostError, OSError, grpc.RpcError, ProtocolError) as error:

@@ -107,6 +107,16 @@ class NodeClient:
         request = node_pb2.CancelRequest(reason=reason)
         return self._call("Cancel", lambda: self._stub.Cancel(request, timeout=CALL_S))
 
+    def arm_point(self, point: str, hold_ms_max: int) -> None:
+        """Holds the node when it reaches a point (host/points.py); the event is point_reached."""
+        request = node_pb2.ArmPointRequest(point=point, hold_ms_max=hold_ms_max)
+        self._call("ArmPoint", lambda: self._stub.ArmPoint(request, timeout=CALL_S))
+
+    def release_point(self, point: str) -> bool:
+        """Lets a node that waits at a point go on, and disarms the point; whether it was waiting."""
+        request = node_pb2.ReleasePointRequest(point=point)
+        return self._call("ReleasePoint", lambda: self._stub.ReleasePoint(request, timeout=CALL_S)).was_held
+
     def shutdown(self) -> None:
         """Asks the node to end."""
         self._call("Shutdown", lambda: self._stub.Shutdown(node_pb2.ShutdownRequest(), timeout=CALL_S))
