@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 import psutil
@@ -23,12 +24,13 @@ from host.resources import cpu_seconds
 from migration import commands as do
 from migration import events as told
 from migration.codec import image_digest
-from migration.dest_machine import DestMachine, DestPhase
+from migration.dest_machine import RESUMABLE_PHASES, DestMachine, DestPhase
 from migration.errors import RemoteProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dest_node.page_receiver import PageStreamIn
     from host.context import HostContext
     from migration.identity import AttemptKey
     from migration.pages import U64Array
@@ -44,6 +46,14 @@ class IntakeRefused(HostError):
     """This host cannot take the guest in; the message says why."""
 
 
+@dataclass(slots=True)
+class StreamEnd:
+    """How a page stream ended: what we refused of it, else why it was cut, else by the source's half-close."""
+
+    broken: str
+    refused: str = ""
+
+
 class Intake:
     """Thread-safe. Methods are the calls of the Migration service, with plain arguments."""
 
@@ -57,6 +67,8 @@ class Intake:
         self._prepare: migration_pb2.PrepareRequest | None = None
         self._restored = False
         self._silence = threading.Timer(0.0, lambda: None)
+        self._silence_s = SILENCE_S
+        self._silence_mark: object = None
         self._reply = do.Reply(told.Answer.UNKNOWN)
         self._found_hashes: U64Array | None = None
         self.verify_ns = 0
@@ -64,14 +76,26 @@ class Intake:
 
     # -- calls ---------------------------------------------------------------------------------
 
-    def open(self, key: AttemptKey, memory_bytes: int, integrity: str) -> str:
-        """Reserve zeroed memory; returns its incarnation.
+    def open(
+        self,
+        key: AttemptKey,
+        memory_bytes: int,
+        integrity: str,
+        *,
+        resume: bool = False,
+        link_timeout_ms: int = 0,
+    ) -> tuple[str, list[int]]:
+        """Reserve zeroed memory; returns its incarnation, and per stream how many chunks are stored.
+
+        With `resume` go on with the memory of this very attempt, every older stream joined.
 
         Raises:
             IntakeRefused: no standby agent, or no room.
-            RemoteProtocolError: another attempt is at hand that this one may not replace.
+            RemoteProtocolError: another attempt is at hand that this one may not replace, or nothing to resume.
         """
         with self._lock:
+            if resume:
+                return self._resume(told.OpenRequested(key, memory_bytes, resume=True))
             if key != self._machine.key:
                 if (entry := self._host.journal.get(key, "dest")) is not None:
                     raise IntakeRefused(f"attempt {key} was {entry.state} here before")
@@ -80,15 +104,25 @@ class Intake:
             # Made beforehand, so that a host without memory refuses before anything has changed. It is all hole.
             self._fresh = HostRam.create(memory_bytes)
             try:
-                self._drive(told.OpenRequested(key, memory_bytes, idle))
+                self._drive(told.OpenRequested(key, memory_bytes, idle, link_timeout_ms=link_timeout_ms))
             finally:
                 if self._fresh is not None:
                     self._fresh.close()
                     self._fresh = None
             self._integrity = integrity
-            assert self._receiver is not None, "an opened attempt has memory"
-            self._expect_life(self._receiver)
-            return self._receiver.incarnation
+            self._silence_s = max(SILENCE_S, link_timeout_ms / 1000)
+            return self._opened()
+
+    def _resume(self, event: told.OpenRequested) -> tuple[str, list[int]]:
+        self._drive(event)
+        if self._receiver is None:
+            raise RemoteProtocolError(f"attempt {event.key} was aborted: {self._machine.abort_reason}")
+        return self._opened()
+
+    def _opened(self) -> tuple[str, list[int]]:
+        assert self._receiver is not None, "an opened attempt has memory"
+        self._expect_life()
+        return self._receiver.incarnation, self._receiver.stored_below
 
     def receiver(self) -> PageReceiver:
         """Where this attempt's chunks go."""
@@ -97,31 +131,35 @@ class Intake:
                 raise RemoteProtocolError(f"no pages are expected in phase {self._machine.phase.name}")
             return self._receiver
 
-    def stream_ended(self, receiver: PageReceiver, broken: str) -> None:
-        """The stream that fed `receiver` is over; `broken` says why, unless the source half-closed it."""
+    def stream_ended(self, receiver: PageReceiver, stream: PageStreamIn, end: StreamEnd) -> None:
+        """A stream that fed `receiver` is over, see StreamEnd."""
         with self._lock:
-            if receiver is not self._receiver or not self._machine.allows(told.StreamBroken):
+            # One that was joined is of a connection that was given up: news of it come late and mean nothing.
+            if receiver is not self._receiver or stream.joined:
                 return
-            if broken:
-                self._drive(told.StreamBroken(broken))
-            else:
-                self._expect_life(receiver)
+            event = told.IntakeFailed(end.refused) if end.refused else told.StreamBroken(end.broken)
+            if event.reason and self._machine.allows(type(event)):
+                self._drive(event)
+            if self._machine.phase in RESUMABLE_PHASES:
+                self._expect_life()
 
-    def _expect_life(self, receiver: PageReceiver) -> None:
+    def _expect_life(self) -> None:
         """Give the attempt up if nobody sends and nobody prepares for a while."""
         self._silence.cancel()
-        self._silence = threading.Timer(SILENCE_S, self._silent, (receiver,))
+        mark = object()  # a timer that was replaced while it waited for the lock says nothing any more
+        self._silence_mark = mark
+        self._silence = threading.Timer(self._silence_s, self._silent, (mark,))
         self._silence.daemon = True
         self._silence.start()
 
-    def _silent(self, receiver: PageReceiver) -> None:
+    def _silent(self, mark: object) -> None:
         with self._lock:
-            if (
-                receiver is self._receiver
-                and self._machine.phase is DestPhase.RECEIVING
-                and not receiver.streaming
-            ):
-                self._drive(told.StreamBroken(f"the source was silent for {SILENCE_S:g} s"))
+            if mark is not self._silence_mark or self._receiver is None:
+                return
+            lost = self._machine.phase is DestPhase.LINK_LOST
+            idle = self._machine.phase is DestPhase.RECEIVING and not self._receiver.streaming
+            if lost or idle:
+                self._drive(told.IntakeFailed(f"the source was silent for {self._silence_s:g} s"))
 
     def prepare(self, key: AttemptKey, request: migration_pb2.PrepareRequest) -> do.Reply:
         """Verify, restore, record PREPARED."""
@@ -129,7 +167,7 @@ class Intake:
             if key == self._machine.key and self._receiver is not None:
                 if request.incarnation != self._receiver.incarnation:
                     raise RemoteProtocolError("Prepare names another incarnation of this memory")
-                if self._machine.phase is DestPhase.RECEIVING:
+                if self._machine.phase in RESUMABLE_PHASES:
                     self._prepare = request
             return self._drive(
                 told.PrepareRequested(
@@ -162,8 +200,8 @@ class Intake:
         """The host ends: an attempt that is only being received is given up."""
         self._silence.cancel()
         with self._lock:
-            if self._machine.phase is DestPhase.RECEIVING:
-                self._drive(told.StreamBroken("the destination node is stopping"))
+            if self._machine.phase in RESUMABLE_PHASES:
+                self._drive(told.IntakeFailed("the destination node is stopping"))
 
     def recover_journal(self) -> None:
         """What was received is gone with the process, also where the agent still holds an image of it."""
@@ -200,12 +238,16 @@ class Intake:
                 pending = list(self._machine.handle(answer))
         return self._reply
 
-    def _carry_out(self, command: do.DestCommand) -> told.DestEvent | None:
+    def _carry_out(  # noqa: C901, PLR0911, PLR0912 - one arm per order
+        self, command: do.DestCommand
+    ) -> told.DestEvent | None:
         match command:
             case do.ReserveMemory(key, memory_bytes):
                 assert self._fresh is not None, "memory is reserved by open alone"
                 self._receiver, self._fresh = PageReceiver(self._fresh, key.attempt), None
                 self._host.events.add("memory_reserved", memory_bytes=memory_bytes, cpu_seconds=cpu_seconds())
+            case do.JoinStreams():
+                return self._join_streams()
             case do.RecordState():
                 return self._record(command)
             case do.VerifyImage(digest, chunks):
@@ -225,11 +267,21 @@ class Intake:
             case do.Reply():
                 self._reply = command
             case do.Note(name, fields):
-                extra = {"verify_ms": self.verify_ns / 1e6} if name == "prepared" else {}
-                self._host.events.add(name, **fields, **extra)
+                self._host.events.add(name, **fields, **self._measured(name))
             case _ as never:
                 assert_never(never)
         return None
+
+    def _measured(self, name: str) -> dict[str, object]:
+        """What this host adds to a note of the machine."""
+        match name:
+            case "prepared":
+                return {"verify_ms": self.verify_ns / 1e6}
+            case "link_lost" | "link_resumed":
+                assert self._receiver is not None, "a link without memory behind it"
+                return {"stored_chunks": sum(self._receiver.stored_below)}
+            case _:
+                return {}
 
     @staticmethod
     def _answered(action: Callable[[], None], success: told.DestEvent) -> told.DestEvent:
@@ -284,6 +336,12 @@ class Intake:
             raise IntakeRefused(
                 f"host {self._host.name} has {available} bytes of memory left, this guest needs {memory_bytes}"
             )
+
+    def _join_streams(self) -> told.StreamsJoined | told.IntakeFailed:
+        assert self._receiver is not None, "nothing was received"
+        if not self._receiver.join_streams(JOIN_TIMEOUT_S):
+            return told.IntakeFailed("a page writer of the lost connection does not end")
+        return told.StreamsJoined()
 
     def _verify(self, digest: int, chunks: int) -> None:
         receiver, request = self._receiver, self._prepare

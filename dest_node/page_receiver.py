@@ -31,9 +31,10 @@ COMPARED_PAGES = 1 << 16
 
 @dataclass(eq=False, slots=True)
 class PageStreamIn:
-    """One open stream, and how to end its call."""
+    """One open stream, and how to end its call. `joined`: its connection was lost, nothing of it counts."""
 
     cut: Callable[[], object]
+    joined: bool = False
 
 
 class PageReceiver:
@@ -49,6 +50,11 @@ class PageReceiver:
         self._storing = threading.Lock()  # held while one chunk is stored, and for closing
         self._closed = False
         self._stream: PageStreamIn | None = None
+
+    @property
+    def stored_below(self) -> list[int]:
+        """Per stream: every chunk with a lower sequence is stored."""
+        return [self.stored_chunks]
 
     @property
     def streaming(self) -> bool:
@@ -74,6 +80,21 @@ class PageReceiver:
         if self._stream is stream:
             self._stream = None
 
+    def join_streams(self, timeout_s: float) -> bool:
+        """Cut every stream and wait for the chunk that is being stored; others may begin and go on behind it.
+
+        False when a store does not end in time: then this memory cannot be gone on with.
+        """
+        if not self._storing.acquire(timeout=timeout_s):
+            return False
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.joined = True
+        self._storing.release()
+        if stream is not None:
+            stream.cut()
+        return True
+
     def join(self, timeout_s: float) -> bool:
         """Take no more pages; wait for the chunk that is being stored. False when that does not end in time."""
         self._closed = True
@@ -95,8 +116,8 @@ class PageReceiver:
             self.ram.close()
         return ended
 
-    def store(self, message: bytes) -> DecodedChunk:
-        """Check one chunk and store it.
+    def store(self, stream: PageStreamIn, message: bytes) -> DecodedChunk:
+        """Check one chunk of an open stream and store it.
 
         Raises:
             RemoteProtocolError: it is not what Rule 1 asks for; nothing of it was stored.
@@ -105,6 +126,8 @@ class PageReceiver:
         chunk = decode_chunk(message, pages=self.ram.pages)
         verify(chunk)
         with self._storing:
+            if stream.joined:
+                raise RemoteProtocolError("the chunk is of a connection that was given up")
             self._store(chunk)
         return chunk
 

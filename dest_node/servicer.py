@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 import structlog
 
-from dest_node.intake import IntakeRefused
+from dest_node.intake import IntakeRefused, StreamEnd
 from host.errors import AgentError, AgentLost, HostError, JournalConflict
 from migration.errors import ProtocolError, RemoteProtocolError
 from migration.identity import AttemptKey
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dest_node.intake import Intake
-    from dest_node.page_receiver import PageReceiver
+    from dest_node.page_receiver import PageReceiver, PageStreamIn
 
 ACK_EVERY = 16  # a fourth of the source's window; an answer costs the interpreter about 0.1 ms
 INTEGRITY = ("full", "stream")
@@ -54,8 +54,15 @@ class MigrationServicer:
                 raise RemoteProtocolError("no guest has such a memory", memory_bytes=size)
             if request.integrity not in INTEGRITY:
                 raise RemoteProtocolError("unknown integrity", integrity=request.integrity)
+            incarnation, stored_below = self._intake.open(
+                key_of(request.id),
+                size,
+                request.integrity,
+                resume=request.resume,
+                link_timeout_ms=request.link_timeout_ms,
+            )
             return migration_pb2.OpenReply(
-                incarnation=self._intake.open(key_of(request.id), size, request.integrity)
+                incarnation=incarnation, stored_below=stored_below if request.resume else ()
             )
 
     def Prepare(  # noqa: N802
@@ -103,12 +110,12 @@ class MigrationServicer:
         with answered(context):
             receiver = self._intake.receiver()
             stream = receiver.begin_stream(context.cancel)
-        broken = ["the page stream was cut"]
+        ending = StreamEnd("the page stream was cut")
 
         def over() -> None:
             receiver.end_stream(stream)
             # Not on gRPC's thread: it may have to wait for the intake, and for the guest agent behind it.
-            arguments = (receiver, broken[0] if broken else "")
+            arguments = (receiver, stream, ending)
             threading.Thread(target=self._intake.stream_ended, args=arguments, daemon=True).start()
 
         # The call's end, not this generator's: gRPC never resumes a generator whose caller went away.
@@ -116,26 +123,28 @@ class MigrationServicer:
             over()
             return
         try:
-            yield from self._store(receiver, messages)
+            yield from self._store(receiver, stream, messages)
         except ProtocolError as error:
-            broken[0] = f"bad page chunk: {' '.join(str(error).split())}"
-            abort(context, grpc.StatusCode.INVALID_ARGUMENT, broken[0])
+            ending.refused = f"bad page chunk: {' '.join(str(error).split())}"
+            abort(context, grpc.StatusCode.INVALID_ARGUMENT, ending.refused)
         except (OSError, HostError) as error:
-            broken[0] = f"cannot store pages: {error}"
-            abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, broken[0])
+            ending.refused = f"cannot store pages: {error}"
+            abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, ending.refused)
         except grpc.RpcError:  # raised by the iterator when the source's connection is gone
             log.info("page_stream_cut", stored_chunks=receiver.stored_chunks)
             return
         # A source that died may look like one that half-closed, for a moment. What follows tells: the intake
         # gives an attempt up that is neither sent to nor prepared.
         if context.is_active():
-            broken.clear()
+            ending.broken = ""
 
     @staticmethod
-    def _store(receiver: PageReceiver, messages: Iterator[bytes]) -> Iterator[migration_pb2.ChunkAck]:
-        acknowledged = 0
+    def _store(
+        receiver: PageReceiver, stream: PageStreamIn, messages: Iterator[bytes]
+    ) -> Iterator[migration_pb2.ChunkAck]:
+        acknowledged = receiver.stored_chunks
         for message in messages:
-            chunk = receiver.store(message)
+            chunk = receiver.store(stream, message)
             wanted = not chunk.data_page_count and not chunk.zero_page_count
             if wanted or receiver.stored_chunks - acknowledged == ACK_EVERY:
                 acknowledged = receiver.stored_chunks

@@ -207,6 +207,11 @@ class ReserveMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class JoinStreams:
+    """Cut every open page stream and wait for what it is storing -> StreamsJoined | IntakeFailed."""
+
+
+@dataclass(frozen=True, slots=True)
 class VerifyImage:
     """Join every writer, compare counts, digest and (integrity full) RAM -> ImageVerified | ImageRefused."""
 
@@ -263,6 +268,7 @@ class Reply:
 DestCommand = (
     RecordState
     | ReserveMemory
+    | JoinStreams
     | VerifyImage
     | KeepEvidence
     | RestoreGuest

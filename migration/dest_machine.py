@@ -8,6 +8,9 @@ Rule 3: PREPARED becomes COMMITTED in one durable step, and the guest runs only 
 Rule 4: once ABORTED is recorded for an attempt, nothing makes it anything else.
 Rule 5: a rehearsal is verified and then aborted, durably, before it is answered: nothing can commit it.
 Rule 6: a call about another attempt than the one at hand is answered from what was recorded, or UNKNOWN.
+Rule 7: a lost connection ends an attempt at once, unless its source said how long one may take to come back.
+        Going on is possible only with the very attempt at hand, while it is being received, and only after
+        every older stream was joined: a late chunk of one is never stored.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from migration.commands import (
     DestCommand,
     DiscardImage,
     ForgetAttempt,
+    JoinStreams,
     KeepEvidence,
     Note,
     RecordState,
@@ -42,11 +46,13 @@ from migration.events import (
     GuestStartFailed,
     ImageRefused,
     ImageVerified,
+    IntakeFailed,
     OpenRequested,
     PrepareRequested,
     Recorded,
     StateRecorded,
     StreamBroken,
+    StreamsJoined,
 )
 from migration.identity import AttemptKey
 
@@ -57,6 +63,8 @@ class DestPhase(Enum):
     IDLE = auto()
     OPENING = auto()
     RECEIVING = auto()
+    LINK_LOST = auto()  # the connection may come back
+    JOINING = auto()  # it did; the streams of the lost one are being joined
     VERIFYING = auto()
     RESTORING = auto()
     RECORDING_PREPARED = auto()
@@ -75,10 +83,18 @@ TRANSITIONS: dict[DestPhase, dict[type[DestEvent], frozenset[DestPhase]]] = {
     P.IDLE: {OpenRequested: frozenset({P.OPENING})},
     P.OPENING: {StateRecorded: frozenset({P.RECEIVING})},
     P.RECEIVING: {
-        OpenRequested: frozenset({P.RECEIVING, P.ABORTING}),
-        StreamBroken: frozenset({P.ABORTING}),
+        OpenRequested: frozenset({P.RECEIVING, P.JOINING, P.ABORTING}),
+        StreamBroken: frozenset({P.LINK_LOST, P.ABORTING}),
+        IntakeFailed: frozenset({P.ABORTING}),
         PrepareRequested: frozenset({P.VERIFYING}),
     },
+    P.LINK_LOST: {
+        OpenRequested: frozenset({P.JOINING, P.ABORTING}),
+        StreamBroken: frozenset({P.LINK_LOST}),
+        IntakeFailed: frozenset({P.ABORTING}),
+        PrepareRequested: frozenset({P.VERIFYING}),
+    },
+    P.JOINING: {StreamsJoined: frozenset({P.RECEIVING}), IntakeFailed: frozenset({P.ABORTING})},
     P.VERIFYING: {ImageVerified: frozenset({P.RESTORING, P.ABORTING}), ImageRefused: frozenset({P.ABORTING})},
     P.RESTORING: {GuestRestored: frozenset({P.RECORDING_PREPARED}), ImageRefused: frozenset({P.ABORTING})},
     P.RECORDING_PREPARED: {StateRecorded: frozenset({P.PREPARED})},
@@ -110,12 +126,16 @@ TRANSITIONS: dict[DestPhase, dict[type[DestEvent], frozenset[DestPhase]]] = {
         CommitRequested: frozenset({P.ABORTED}),
     },
 }
-for _phase in (P.RECEIVING, P.PREPARED):
+for _phase in (P.RECEIVING, P.LINK_LOST, P.PREPARED):
     TRANSITIONS[_phase][AbortRequested] = frozenset({P.ABORTING})
 for _phase in (P.COMMITTED, P.ABORTED):
     TRANSITIONS[_phase][AbortRequested] = frozenset({_phase})
     TRANSITIONS[_phase][ForgetRequested] = frozenset({_phase, P.IDLE})
 
+
+# Where an attempt can be gone on with after its connection was lost. Later its pages are complete, and the calls
+# that follow can simply be made again.
+RESUMABLE_PHASES = frozenset({P.RECEIVING, P.LINK_LOST})
 
 AboutKnownAttempt = PrepareRequested | CommitRequested | AbortRequested | ForgetRequested
 
@@ -127,6 +147,7 @@ class DestMachine:
         self.phase = P.IDLE
         self.key: AttemptKey | None = None
         self._memory_bytes = 0
+        self._link_timeout_ms = 0
         self._prepare: PrepareRequested | None = None
         self._abort_reason = ""
         self._next_open: OpenRequested | None = None
@@ -135,6 +156,8 @@ class DestMachine:
             P.IDLE: self._on_open,
             P.OPENING: self._on_opening,
             P.RECEIVING: self._on_receiving,
+            P.LINK_LOST: self._on_receiving,
+            P.JOINING: self._on_joining,
             P.VERIFYING: self._on_verifying,
             P.RESTORING: self._on_restoring,
             P.RECORDING_PREPARED: self._on_recording_prepared,
@@ -156,6 +179,8 @@ class DestMachine:
         """
         if isinstance(event, AboutKnownAttempt) and event.key != self.key:
             return [Reply(Answer.UNKNOWN, f"attempt {event.key} is not known here")]
+        if isinstance(event, OpenRequested):
+            self._check_open(event)
         allowed = TRANSITIONS[self.phase].get(type(event))
         if allowed is None:
             if isinstance(event, OpenRequested | AboutKnownAttempt):
@@ -168,15 +193,37 @@ class DestMachine:
         assert self.phase in allowed, (before, type(event).__name__, self.phase)
         return commands
 
+    @property
+    def abort_reason(self) -> str:
+        """Why the attempt at hand was aborted; empty while it was not."""
+        return self._abort_reason
+
     def allows(self, event: type[DestEvent]) -> bool:
         """Whether such an event may happen now."""
         return event in TRANSITIONS[self.phase]
+
+    def _check_open(self, event: OpenRequested) -> None:
+        if event.resume and event.key != self.key:
+            raise RemoteProtocolError(
+                f"attempt {event.key} cannot be resumed: nothing of it is left here, begin a new attempt"
+            )
+        if event.resume and self.phase not in RESUMABLE_PHASES:
+            why = f": {self._abort_reason}" if self.phase is P.ABORTED else ""
+            raise RemoteProtocolError(
+                f"attempt {event.key} cannot be resumed, it is {self.phase.name} here{why}"
+            )
+        if event.key == self.key and event.memory_bytes != self._memory_bytes:
+            raise RemoteProtocolError(
+                f"attempt {event.key} was opened with {self._memory_bytes} bytes of memory, "
+                f"not {event.memory_bytes}"
+            )
 
     # -- taking in -----------------------------------------------------------------------------
 
     def _on_open(self, event: DestEvent) -> list[DestCommand]:
         assert isinstance(event, OpenRequested)
         self.key, self._memory_bytes = event.key, event.memory_bytes
+        self._link_timeout_ms = event.link_timeout_ms
         self._prepare, self._abort_reason, self._next_open = None, "", None
         self.phase = P.OPENING
         return [
@@ -191,11 +238,16 @@ class DestMachine:
 
     def _on_receiving(self, event: DestEvent) -> list[DestCommand]:
         match event:
-            case OpenRequested(key) if key == self.key:
-                return [Reply(Answer.UNKNOWN)]  # a repeated Open of this attempt: the same memory
-            case OpenRequested():
-                return self._replace(event)
-            case StreamBroken(reason):
+            case OpenRequested(resume=True):
+                self.phase = P.JOINING
+                return [JoinStreams()]
+            case OpenRequested(key):
+                # A repeated Open of this attempt finds the same memory, as long as its streams are whole.
+                same = key == self.key and self.phase is P.RECEIVING
+                return [Reply(Answer.UNKNOWN)] if same else self._replace(event)
+            case StreamBroken(reason) if self._link_timeout_ms:
+                return self._lose_link(reason)
+            case StreamBroken(reason) | IntakeFailed(reason):
                 return self._abort(reason, reply=None)
             case AbortRequested(_, reason):
                 return self._abort(reason)
@@ -204,6 +256,18 @@ class DestMachine:
                 self.phase = P.VERIFYING
                 return [VerifyImage(event.image_digest, event.chunks)]
         raise LocalProtocolError(f"unhandled {event}")
+
+    def _lose_link(self, reason: str) -> list[DestCommand]:
+        if self.phase is P.LINK_LOST:
+            return []  # another stream of the same connection
+        self.phase = P.LINK_LOST
+        return [Note("link_lost", {"reason": reason, "link_timeout_ms": self._link_timeout_ms})]
+
+    def _on_joining(self, event: DestEvent) -> list[DestCommand]:
+        if isinstance(event, IntakeFailed):
+            return self._abort(event.reason, reply=None)
+        self.phase = P.RECEIVING
+        return [Note("link_resumed", {}), Reply(Answer.UNKNOWN)]
 
     # -- preparing -----------------------------------------------------------------------------
 

@@ -252,18 +252,36 @@ SourceEvent = (
 
 @dataclass(frozen=True, slots=True)
 class OpenRequested:
-    """A source wants to send this guest. `idle`: no page stream of the attempt at hand is open."""
+    """A source wants to send this guest. `idle`: no page stream of the attempt at hand is open.
+
+    With `resume` it lost the connection and wants to go on with the memory of this very attempt. Within
+    `link_timeout_ms` a lost connection may come back; 0: it may not.
+    """
 
     key: AttemptKey
     memory_bytes: int
     idle: bool = False
+    resume: bool = False
+    link_timeout_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StreamBroken:
-    """The page stream ended in another way than by the source's half-close."""
+    """The connection of a page stream was lost: it ended in another way than by the source's half-close."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class IntakeFailed:
+    """Nothing more can come of this attempt: a chunk was refused, the silence lasted too long, the host ends."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamsJoined:
+    """Every page stream is cut, and nothing of it is being stored or ever will be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +356,8 @@ class ForgetRequested:
 DestEvent = (
     OpenRequested
     | StreamBroken
+    | IntakeFailed
+    | StreamsJoined
     | PrepareRequested
     | ImageVerified
     | ImageRefused

@@ -256,6 +256,8 @@ class MachinePair:
                 case do.VerifyImage(digest, chunks):
                     good = digest == self.digest() and chunks == self.dest.chunks
                     follow = told.ImageVerified() if good else told.ImageRefused("digest differs")
+                case do.JoinStreams():
+                    follow = told.StreamsJoined()
                 case do.RestoreGuest():
                     self.dest.restored = True
                     follow = told.GuestRestored()
