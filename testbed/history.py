@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LOOK_AGAIN_S: Final = 0.2
 
-Origin: TypeAlias = Literal["source", "dest", "testbed"]
+Origin: TypeAlias = Literal["source", "dest", "third", "testbed"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ class NodeClient:
         self._channel = grpc.insecure_channel(control, options=CHANNEL_OPTIONS)
         self._stub = node_pb2_grpc.NodeStub(self._channel)
         self._watch: Any = None  # a call that is also an iterator of NodeEvent; the stubs know no such type
-        self._watcher = threading.Thread(target=self._follow, name=f"events-{origin}", daemon=True)
+        self._watcher: threading.Thread | None = None
 
     def wait_until_serving(self, timeout_s: float, still_worth_it: Callable[[], bool]) -> None:
         """Returns when the node says that it serves. Raises RunBrokenError when it does not in time."""
@@ -67,7 +67,9 @@ class NodeClient:
         reply = self._call("Health", lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=CALL_S))
         if reply.status != health_pb2.HealthCheckResponse.SERVING:
             raise RunBrokenError(f"the {self.origin} node says that it does not serve")
+        self._end_watch()  # of an earlier process of this node
         self._watch = self._stub.Watch(node_pb2.WatchRequest())
+        self._watcher = threading.Thread(target=self._follow, name=f"events-{self.origin}", daemon=True)
         self._watcher.start()
 
     def describe(self) -> node_pb2.DescribeReply:
@@ -135,15 +137,18 @@ class NodeClient:
 
     def close(self) -> None:
         """Ends the watch and the connection."""
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watcher.join()
+        self._end_watch()
         self._channel.close()
 
     def wait_for_last_event(self, timeout_s: float) -> None:
         """Gives a node that ends the time to tell its last events."""
-        if self._watch is not None:
+        if self._watcher is not None:
             self._watcher.join(timeout_s)
+
+    def _end_watch(self) -> None:
+        if self._watch is not None and self._watcher is not None:
+            self._watch.cancel()
+            self._watcher.join()
 
     def _follow(self) -> None:
         assert self._watch is not None

@@ -16,7 +16,7 @@ from testbed import machine
 from testbed.checkers import Judgement, judge
 from testbed.errors import InterruptedRunError, RunBrokenError
 from testbed.history import History
-from testbed.hosts.local import LocalHosts
+from testbed.hosts.opening import open_hosts
 from testbed.hosts.runtime_dir import RuntimeDir
 from testbed.record import load
 from testbed.result import Result, build
@@ -99,7 +99,7 @@ def _record(
         stack.callback(runtime.remove)
         history.note("run_started", run=run_id, scenario=scenario.name, seed=scenario.seed)
         try:
-            with LocalHosts(
+            with open_hosts(
                 scenario, run_id, run_dir=run_dir, runtime=runtime, history=history, interrupt=interrupt
             ) as hosts:
                 Session(

@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
-import psutil
-
 from migration.pb import node_pb2
 from testbed.errors import InterruptedRunError, RunBrokenError
 from testbed.oracle_log import RECORD_BYTES, last_versions, read_logs
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from testbed.history import Event, History
-    from testbed.hosts.local import LocalHost, LocalHosts
+    from testbed.hosts.port import Host, Hosts
     from testbed.interrupt import Interrupt
     from testbed.run_dir import RunDir
     from testbed.scenario import Scenario
@@ -49,7 +47,7 @@ class Session:
         scenario: Scenario,
         migration: str,
         *,
-        hosts: LocalHosts,
+        hosts: Hosts,
         run_dir: RunDir,
         history: History,
         interrupt: Interrupt,
@@ -145,7 +143,7 @@ class Session:
     def _grace_s(self) -> float:
         return OUTCOME_S + OUTCOME_S_PER_GIB * self._gib
 
-    def _owner_after(self, outcome: str) -> LocalHost | None:
+    def _owner_after(self, outcome: str) -> Host | None:
         if outcome == "guest_lost":
             return None
         if outcome != "completed":
@@ -160,10 +158,11 @@ class Session:
         )
         return self._hosts.dest
 
-    def _check_where_it_is(self, owner: LocalHost) -> None:
+    def _check_where_it_is(self, owner: Host) -> None:
         self._interrupt.pause_unless_hurried(self._scenario.run.run_on / 1000)
         self._note_guest(owner, "guest_ran_on")
         owner.client.pause_guest()
+        self._hosts.collect()
         logs = (self._run_dir.artefact(f"{origin}.oracle") for origin in ("source", "dest"))
         expected = last_versions(read_logs(logs))
         checked = owner.client.check_guest(expected, CHECK_S)
@@ -193,7 +192,7 @@ class Session:
                 state, epoch = "dead", 0
             self._history.note("final_status", host=host.origin, state=state, guest_epoch=epoch)
 
-    def _note_guest(self, host: LocalHost, name: str) -> None:
+    def _note_guest(self, host: Host, name: str) -> None:
         status = self._status_with_stats(host)
         self._history.note(
             name,
@@ -208,7 +207,7 @@ class Session:
             balloon=json.loads(status.balloon_json or "{}"),
         )
 
-    def _status_with_stats(self, host: LocalHost) -> node_pb2.GuestStatusReply:
+    def _status_with_stats(self, host: Host) -> node_pb2.GuestStatusReply:
         """A guest's status with statistics of now, where its driver has any."""
         status = host.client.guest_status()
         if not _answers_stats(json.loads(status.balloon_json or "{}")):
@@ -223,16 +222,16 @@ class Session:
         """CPU time so far of both nodes, and of the guest's two agents together."""
         source, dest = self._hosts.source, self._hosts.dest
         return {
-            "source": _cpu_seconds(source.node.pid),
-            "dest": _cpu_seconds(dest.node.pid),
-            "guest": _cpu_seconds(source.agent.pid) + _cpu_seconds(dest.agent.pid),
+            "source": source.node.cpu_seconds(),
+            "dest": dest.node.cpu_seconds(),
+            "guest": source.agent.cpu_seconds() + dest.agent.cpu_seconds(),
         }
 
     def _unless_interrupted(self) -> None:
         if self._interrupt.pressed:
             raise InterruptedRunError("interrupted before the migration")
 
-    def _await_state(self, host: LocalHost, state: str, timeout_s: float) -> None:
+    def _await_state(self, host: Host, state: str, timeout_s: float) -> None:
         self._poll(
             lambda: host.client.guest_status().state == state,
             timeout_s,
@@ -287,13 +286,3 @@ def _obituary(event: Event) -> str:
     words = event.fields["last_words"]
     name = str(event.fields["process"]).replace("-", " ")
     return f"the {name} {event.fields['status']}{f': {words}' if words else ''}"
-
-
-def _cpu_seconds(pid: int) -> float:
-    try:
-        process = psutil.Process(pid)
-        family = [process, *process.children(recursive=True)]  # a Linux guest is its agent's children
-        times = [member.cpu_times() for member in family]
-    except psutil.NoSuchProcess:
-        return 0.0
-    return float(sum(used.user + used.system for used in times))

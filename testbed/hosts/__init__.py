@@ -1,1 +1,1 @@
-"""Where the two hosts of a run live; today as processes on this machine (local.py)."""
+"""Where the hosts of a run live: one interface (port.py), processes of this machine (local.py) behind it."""

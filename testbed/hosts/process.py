@@ -79,9 +79,23 @@ class OwnedProcess:
         self.asked_to_end = True
         self._signal(signal.SIGTERM)
 
+    def kill(self) -> None:
+        """SIGKILL, and waits for the end; not ours in the sense of `asked_to_end`: it is a fact to be told."""
+        self._signal(signal.SIGKILL)
+        self._gone.wait()
+
+    def pause(self) -> None:
+        """SIGSTOP."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self._signal(signal.SIGCONT)
+
     def end(self, grace_s: float) -> None:
         """SIGTERM, and SIGKILL for whoever is left of the group when the grace is over."""
         self.ask_to_end()
+        self.resume()  # a stopped process would not see it
         if not self._gone.wait(grace_s):
             self._signal(signal.SIGKILL)
             self._gone.wait()

@@ -97,7 +97,7 @@ class Bench:
         self.session = Session(
             self.scenario,
             "scripted-1",
-            hosts=SimpleNamespace(hosts=self.hosts, **self.hosts),
+            hosts=SimpleNamespace(hosts=self.hosts, collect=lambda: None, **self.hosts),
             run_dir=self.run_dir,
             history=self.history,
             interrupt=self.interrupt,
@@ -114,7 +114,7 @@ class Bench:
         self.servers.append(server)
         client = NodeClient(node.name, f"127.0.0.1:{port}", self.history)
         client.wait_until_serving(10, still_worth_it=lambda: True)
-        process = SimpleNamespace(pid=os.getpid(), alive=True)
+        process = SimpleNamespace(pid=os.getpid(), alive=True, cpu_seconds=lambda: 0.0)
         return SimpleNamespace(
             origin=node.name, node=process, agent=process, client=client, migration_address="127.0.0.1:1"
         )

@@ -1,0 +1,30 @@
+"""The hosts that a scenario asks for, by its `hosts.kind`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from testbed.hosts.local import LocalHosts
+
+if TYPE_CHECKING:
+    from testbed.history import History
+    from testbed.hosts.port import Hosts
+    from testbed.hosts.runtime_dir import RuntimeDir
+    from testbed.interrupt import Interrupt
+    from testbed.run_dir import RunDir
+    from testbed.scenario import Scenario
+
+
+def open_hosts(
+    scenario: Scenario,
+    run_id: str,
+    *,
+    run_dir: RunDir,
+    runtime: RuntimeDir,
+    history: History,
+    interrupt: Interrupt,
+) -> Hosts:
+    """The hosts, not started yet: entering them starts them, leaving them undoes everything."""
+    return LocalHosts(
+        scenario, run_id, run_dir=run_dir, runtime=runtime, history=history, interrupt=interrupt
+    )
