@@ -1,4 +1,4 @@
-"""What comes after a pre-copy round: another one, the end of it, or giving up.
+"""What comes after a pre-copy round: another one, one with a slower guest, the end of it, or giving up.
 
 Rule 1: the decision is a pure function of what was measured and of what was asked for.
 Rule 2: every decision carries one sentence with the figures it was made from.
@@ -6,6 +6,9 @@ Rule 3: the estimate counts every remaining page as 4096 payload bytes, never as
         side of one round too many.
 Rule 4: only what the link showed counts; a configured bandwidth can lower the rate and never raise it,
         except where nothing was measured yet.
+Rule 5: a timeout that means `switch` lets the round under way finish while the guest runs: its pages must cross
+        anyway, and those that do so now are no downtime.
+Rule 6: a stall decides what `on_stall` says, and nothing by default: then only the stated limits decide.
 """
 
 import math
@@ -13,10 +16,14 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Literal, TypeAlias
 
+from migration.convergence import STALL_ROUNDS, ThrottleSteps, at_local_minimum, stalled
 from migration.errors import LocalProtocolError
 from migration.pages import PAGE_BYTES
 
-OnRoundsMax: TypeAlias = Literal["switch", "cancel"]
+Surrender: TypeAlias = Literal["switch", "cancel"]
+OnStall: TypeAlias = Literal["none", "switch", "throttle", "cancel"]
+SURRENDERS = ("switch", "cancel")
+ON_STALL = ("none", "switch", "throttle", "cancel")
 
 # Assumed while nothing was sent and no bandwidth is configured (a first round that was wholly hinted or zero
 # measures nothing): what a plain 1 Gbit/s link carries. Too low costs one round; too high costs downtime.
@@ -27,6 +34,7 @@ class DecisionKind(Enum):
     """What to do next."""
 
     NEXT_ROUND = auto()
+    THROTTLE = auto()  # another round, with a guest slowed to `throttle_percent`
     STOP_COPY = auto()
     CANCEL = auto()
 
@@ -37,6 +45,7 @@ class Decision:
 
     kind: DecisionKind
     reason: str
+    throttle_percent: int = 0  # of THROTTLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +55,28 @@ class Limits:
     rounds_max: int = 30
     downtime_limit_ms: float = 300.0
     timeout_ms: float = 60_000.0
-    on_rounds_max: OnRoundsMax = "switch"
+    on_rounds_max: Surrender = "switch"
+    on_timeout: Surrender = "cancel"
+    on_stall: OnStall = "none"
+    throttle: ThrottleSteps | None = None
     bandwidth: float | None = None
+    link_timeout_ms: int = 0  # a lost connection may come back within this time; 0: it may not
 
     def __post_init__(self) -> None:
         if self.rounds_max < 1 or self.downtime_limit_ms < 0 or self.timeout_ms <= 0:
             raise LocalProtocolError("limits out of range", rounds_max=self.rounds_max)
         if self.bandwidth is not None and self.bandwidth <= 0:
             raise LocalProtocolError("bandwidth must be above zero; None is unlimited")
-        if self.on_rounds_max not in {"switch", "cancel"}:
+        if self.on_rounds_max not in SURRENDERS:
             raise LocalProtocolError("on_rounds_max is neither switch nor cancel", value=self.on_rounds_max)
+        if self.on_timeout not in SURRENDERS:
+            raise LocalProtocolError("on_timeout is neither switch nor cancel", value=self.on_timeout)
+        if self.on_stall not in ON_STALL:
+            raise LocalProtocolError(f"on_stall is none of {', '.join(ON_STALL)}", value=self.on_stall)
+        if (self.throttle is not None) != (self.on_stall == "throttle"):
+            raise LocalProtocolError("on_stall = throttle and the throttle's steps go together")
+        if self.link_timeout_ms < 0:
+            raise LocalProtocolError("link_timeout_ms is below zero", value=self.link_timeout_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +86,9 @@ class RoundStats:
     index: int  # of the round that ended, 1-based
     elapsed_ms: float  # since the migration was asked for
     remaining_pages: int  # dirty in the closing harvest: what a stop now would have to send
-    rate_bytes_per_s: float  # payload over the rounds so far, while sending; 0 when nothing was sent
+    rate_bytes_per_s: float  # payload of the newest rounds, while sending; 0 when nothing was sent
+    before: tuple[int, ...] = ()  # remaining_pages after the earlier rounds under this throttle, oldest first
+    throttle_percent: int = 0  # in force during the round
 
 
 def estimated_rate(rate_bytes_per_s: float, limits: Limits) -> float:
@@ -91,12 +114,34 @@ def decide(stats: RoundStats, limits: Limits) -> Decision:
             DecisionKind.STOP_COPY, f"{figures}, within the downtime limit of {limits.downtime_limit_ms:g} ms"
         )
     if stats.elapsed_ms >= limits.timeout_ms:
-        return Decision(
-            DecisionKind.CANCEL, f"{figures}, and the timeout of {limits.timeout_ms:g} ms is over"
+        return _surrender(
+            limits.on_timeout, f"{figures}, and the timeout of {limits.timeout_ms:g} ms is over"
         )
     if stats.index >= limits.rounds_max:
-        kind = DecisionKind.STOP_COPY if limits.on_rounds_max == "switch" else DecisionKind.CANCEL
-        return Decision(kind, f"{figures}, after the last of {limits.rounds_max} rounds")
+        return _surrender(limits.on_rounds_max, f"{figures}, after the last of {limits.rounds_max} rounds")
+    if limits.on_stall != "none" and stalled((*stats.before, stats.remaining_pages)):
+        return _on_stall(stats, limits, figures)
     return Decision(
         DecisionKind.NEXT_ROUND, f"{figures}, above the downtime limit of {limits.downtime_limit_ms:g} ms"
     )
+
+
+def _surrender(how: Surrender, reason: str) -> Decision:
+    return Decision(DecisionKind.STOP_COPY if how == "switch" else DecisionKind.CANCEL, reason)
+
+
+def _on_stall(stats: RoundStats, limits: Limits, figures: str) -> Decision:
+    what = f"{figures}, no less than {STALL_ROUNDS} rounds ago: stalled"
+    if limits.on_stall == "cancel":
+        return Decision(DecisionKind.CANCEL, what)
+    if limits.on_stall == "switch":
+        if at_local_minimum((*stats.before, stats.remaining_pages)):
+            return Decision(DecisionKind.STOP_COPY, f"{what}, and this is a local minimum")
+        return Decision(DecisionKind.NEXT_ROUND, f"{what}, waiting for a local minimum")
+    assert limits.throttle is not None, "on_stall = throttle comes with its steps"
+    percent = limits.throttle.after(stats.throttle_percent)
+    if percent == stats.throttle_percent:
+        return Decision(
+            DecisionKind.NEXT_ROUND, f"{what}, and the guest is throttled to the maximum of {percent} %"
+        )
+    return Decision(DecisionKind.THROTTLE, f"{what}, throttling the guest to {percent} %", percent)

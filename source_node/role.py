@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from migration.identity import AttemptKey
 from migration.rounds import Limits
 from source_node.destination import Destination
 from source_node.migration_run import MigrationRun
-from source_node.order import Order
+from source_node.order import Order, compression_of, limits_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -169,11 +168,8 @@ class SourceRole:
             integrity=request.integrity,
             hint_wait_ms=request.hint_wait_ms,
             unsafe_clear_dirty_log_at_hint=request.unsafe_clear_dirty_log_at_hint,
-            limits=Limits(
-                rounds_max=request.rounds_max,
-                downtime_limit_ms=request.downtime_limit_ms,
-                timeout_ms=request.timeout_ms or math.inf,
-                on_rounds_max="cancel" if request.on_rounds_max == "cancel" else "switch",
-                bandwidth=request.bandwidth_bytes_per_second or None,
-            ),
+            streams=request.streams,
+            compression=compression_of(request),
+            delta_cache_bytes=request.delta_cache_bytes,
+            limits=limits_of(request),
         )

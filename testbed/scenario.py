@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from testbed.balloon_keys import Balloon, balloon_conflicts
 from testbed.linux_keys import Marker, Rewriter, kind_conflicts, linux_conflicts
+from testbed.migration_keys import Migration, migration_conflicts
 from testbed.scenario_model import Model
 from testbed.units import (
     PAGE_BYTES,
@@ -20,11 +21,9 @@ from testbed.units import (
     parse_bytes,
     parse_duration_ms,
     parse_page_rate,
-    parse_rate,
 )
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-BytesPerSecond = Annotated[int, BeforeValidator(parse_rate)]
 PagesPerSecond = Annotated[int, BeforeValidator(parse_page_rate)]
 DurationMs = Annotated[int, BeforeValidator(parse_duration_ms)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -37,7 +36,6 @@ MEMORY_BYTES_MAX: Final = 1 << 40  # 32-bit frame numbers in the balloon's array
 # allocator work and the hint driver hold blocks without starving the guest.
 WORKLOAD_SHARE_MAX: Final = 0.92
 KV_RECORD_BYTES: Final = 256
-ROUNDS_MAX: Final = 1000  # a limit on everything: beyond it the dirty rate exceeds the link
 
 
 def _whole_blocks(memory_bytes: int) -> int:
@@ -151,29 +149,6 @@ class Guest(Model):
     workload: Annotated[tuple[Workload, ...], Field(strict=False, max_length=16)] = ()
 
 
-class Migration(Model):
-    """How the guest is migrated."""
-
-    skip: Literal["none", "zero", "hint", "both"] = "both"
-    tracker: Literal["auto", "uffd", "hash"] = "auto"
-    integrity: Literal["full", "stream"] = "full"
-    rounds_max: Annotated[int, Field(ge=1, le=ROUNDS_MAX)] = 30
-    bandwidth: BytesPerSecond = 0
-    downtime_limit: DurationMs = 300
-    hint_wait: DurationMs = 100
-    timeout: DurationMs = 60_000
-    on_rounds_max: Literal["switch", "cancel"] = "switch"
-    rehearsal: bool = False  # everything but the hand-over: the guest goes on at the source
-    # LOSES WRITES. The source clears the dirty log of hinted pages when it processes the hint, as has been done
-    # elsewhere: it shows that the checkers catch it. Only with expect = "corruption".
-    unsafe_clear_dirty_log_at_hint: bool = False
-
-    @property
-    def hints(self) -> bool:
-        """Whether hinted pages are skipped."""
-        return self.skip in ("hint", "both")
-
-
 class Hosts(Model):
     """Where the two hosts live."""
 
@@ -221,8 +196,8 @@ def conflicts(
     if balloon is not None:
         hints = migration is not None and migration.hints
         yield from balloon_conflicts(balloon, migration_hints=hints)
-    if migration is not None and migration.unsafe_clear_dirty_log_at_hint:
-        yield from _unsafe_conflicts(migration, expect)
+    if migration is not None:
+        yield from migration_conflicts(migration, expect)
     if guest is not None:
         yield from _memory_conflicts(guest)
         yield from kind_conflicts(guest.kind, [item.name for item in guest.workload], guest.memory)
@@ -245,14 +220,6 @@ def conflicts(
             "and came back with the same content; use skip 'none' or 'zero', or tracker 'uffd'"
         )
         yield "migration.tracker", problem
-
-
-def _unsafe_conflicts(migration: Migration, expect: object) -> Iterator[tuple[str, str]]:
-    path = "migration.unsafe_clear_dirty_log_at_hint"
-    if expect != "corruption":
-        yield path, f"loses the guest's writes: it needs expect = 'corruption', not '{expect}'"
-    if not migration.hints:
-        yield path, f"means nothing with skip = '{migration.skip}'"
 
 
 def _memory_conflicts(guest: Guest) -> Iterator[tuple[str, str]]:

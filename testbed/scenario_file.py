@@ -17,13 +17,12 @@ from pydantic_core import ErrorDetails
 
 from testbed.balloon_keys import Balloon
 from testbed.errors import UsageError
-from testbed.scenario import SECTIONS, WORKLOADS, Guest, Migration, Scenario, conflicts
+from testbed.migration_keys import CHECKED_KEYS, Migration
+from testbed.scenario import SECTIONS, WORKLOADS, Guest, Scenario, conflicts
 from testbed.scenario_model import Model
 
 SomeModel = TypeVar("SomeModel", bound=Model)
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "string": "a text", "bool": "true or false"}
-# What checks across sections look at.
-MIGRATION_KEYS = ("skip", "tracker", "rehearsal", "unsafe_clear_dirty_log_at_hint")
 
 
 def load(path: Path, overrides: Sequence[str] = (), unnamed: Sequence[str] = ()) -> Scenario:
@@ -85,7 +84,7 @@ def validate(document: Mapping[str, Any]) -> tuple[Scenario | None, list[str]]:
     found = conflicts(
         _part(Guest, document, "guest", ("memory", "kind", "workload")),
         _part(Balloon, document, "balloon", tuple(Balloon.model_fields)),
-        _part(Migration, document, "migration", MIGRATION_KEYS),
+        _part(Migration, document, "migration", CHECKED_KEYS),
         document.get("expect", "completed"),
     )
     problems += [f"{path}: {problem}" for path, problem in found]

@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
-from migration.pb import node_pb2
 from testbed.errors import InterruptedRunError, RunBrokenError
+from testbed.migration_keys import migrate_request
 from testbed.oracle_log import RECORD_BYTES, last_versions, read_logs
 from virtio.balloon import F_STATS_VQ, has
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from migration.pb import node_pb2
     from testbed.history import Event, History
     from testbed.hosts.port import Host, Hosts
     from testbed.interrupt import Interrupt
@@ -93,23 +94,13 @@ class Session:
         self._history.note("balloon_inflated", actual=pages)
 
     def _migrate(self) -> Event:
-        options = self._scenario.migration
         self._note_guest(self._hosts.source, "guest_status")
         before = self._cpu_seconds()
-        request = node_pb2.MigrateRequest(
+        request = migrate_request(
+            self._scenario.migration,
             migration=self._migration,
             attempt=1,
             dest_address=self._hosts.dest.migration_address,
-            skip=options.skip,
-            tracker=options.tracker,
-            integrity=options.integrity,
-            rounds_max=options.rounds_max,
-            bandwidth_bytes_per_second=options.bandwidth,
-            downtime_limit_ms=options.downtime_limit,
-            hint_wait_ms=options.hint_wait,
-            timeout_ms=options.timeout,
-            on_rounds_max=options.on_rounds_max,
-            unsafe_clear_dirty_log_at_hint=options.unsafe_clear_dirty_log_at_hint,
             rehearsal=self._scenario.rehearses,
         )
         self._history.note("migration_requested", migration=self._migration, attempt=1)

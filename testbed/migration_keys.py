@@ -1,0 +1,138 @@
+"""The scenario's `[migration]`: how the guest is migrated, its limits, and what happens where they end.
+
+Rule 1: the defaults are those of an operator who stated nothing: nothing slows the guest, a stall alone decides
+        nothing (`on_stall = "none"`: the stated limits do), and what is out of time is cancelled.
+Rule 2: a key that means nothing beside another one is an error, with the way out in its message.
+Rule 3: one function turns the section into the node's request; 0 stands for "not limited" and "off" there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+from pydantic import BeforeValidator, Field
+
+from migration.pb import node_pb2
+from testbed.scenario_model import Model
+from testbed.units import parse_bytes, parse_duration_ms, parse_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+BytesPerSecond = Annotated[int, BeforeValidator(parse_rate)]
+DurationMs = Annotated[int, BeforeValidator(parse_duration_ms)]
+Percent = Annotated[int, Field(ge=1, le=99)]  # a guest is slowed, never stopped: as in auto-converge
+
+ROUNDS_MAX: Final = 1000  # a limit on everything: beyond it the dirty rate exceeds the link
+STREAMS_MAX: Final = 64
+RETRIES_MAX: Final = 100
+
+
+class Throttle(Model):
+    """Steps of auto-converge, in percent of the vCPU's time that it must sleep."""
+
+    start: Percent = 20
+    increment: Percent = 10
+    maximum: Percent
+
+
+class Migration(Model):
+    """How the guest is migrated."""
+
+    skip: Literal["none", "zero", "hint", "both"] = "both"
+    tracker: Literal["auto", "uffd", "hash"] = "auto"
+    integrity: Literal["full", "stream"] = "full"
+    rounds_max: Annotated[int, Field(ge=1, le=ROUNDS_MAX)] = 30
+    bandwidth: BytesPerSecond = 0
+    downtime_limit: DurationMs = 300
+    hint_wait: DurationMs = 100
+    timeout: DurationMs = 60_000
+    on_rounds_max: Literal["switch", "cancel"] = "switch"
+    on_timeout: Literal["cancel", "switch"] = "cancel"
+    on_stall: Literal["none", "switch", "throttle", "cancel"] = "none"
+    throttle: Throttle | None = None
+    streams: Annotated[int, Field(ge=0, le=STREAMS_MAX)] = 0  # 0: chosen from the cores
+    compression: Literal["none", "lz4", "zstd"] = "none"
+    delta_cache: Bytes = 0  # of pages as the destination acknowledged them; 0: no deltas
+    link_timeout: DurationMs = 0  # a lost connection may come back within this time; 0: it may not
+    retries: Annotated[int, Field(ge=0, le=RETRIES_MAX)] = 0  # after a lost link or destination
+    rehearsal: bool = False  # everything but the hand-over: the guest goes on at the source
+    # LOSES WRITES. The source clears the dirty log of hinted pages when it processes the hint, as has been done
+    # elsewhere: it shows that the checkers catch it. Only with expect = "corruption".
+    unsafe_clear_dirty_log_at_hint: bool = False
+
+    @property
+    def hints(self) -> bool:
+        """Whether hinted pages are skipped."""
+        return self.skip in ("hint", "both")
+
+
+# What `migration_conflicts` and the checks across sections look at.
+CHECKED_KEYS: Final = (
+    "skip", "tracker", "rehearsal", "unsafe_clear_dirty_log_at_hint",
+    "timeout", "on_timeout", "on_stall", "throttle", "link_timeout",
+)  # fmt: skip
+
+
+def migration_conflicts(migration: Migration, expect: object) -> Iterator[tuple[str, str]]:
+    """What is wrong among the keys of the section, as (path, problem)."""
+    if migration.unsafe_clear_dirty_log_at_hint:
+        yield from _unsafe_conflicts(migration, expect)
+    if migration.on_timeout == "switch" and not migration.timeout:
+        yield "migration.on_timeout", "'switch' means nothing without a timeout: give migration.timeout"
+    throttle = migration.throttle
+    if migration.on_stall == "throttle" and throttle is None:
+        yield (
+            "migration.throttle",
+            "on_stall = 'throttle' needs at least migration.throttle.maximum, in percent",
+        )
+    if throttle is not None and migration.on_stall != "throttle":
+        problem = f"means nothing with on_stall = '{migration.on_stall}': set on_stall = 'throttle'"
+        yield "migration.throttle", problem
+    if throttle is not None and throttle.start > throttle.maximum:
+        problem = f"{throttle.start} % is above the maximum of {throttle.maximum} %"
+        yield "migration.throttle.start", problem
+    if migration.timeout and migration.link_timeout > migration.timeout:
+        problem = f"{migration.link_timeout} ms outlast migration.timeout = {migration.timeout} ms"
+        yield "migration.link_timeout", problem
+
+
+def _unsafe_conflicts(migration: Migration, expect: object) -> Iterator[tuple[str, str]]:
+    path = "migration.unsafe_clear_dirty_log_at_hint"
+    if expect != "corruption":
+        yield path, f"loses the guest's writes: it needs expect = 'corruption', not '{expect}'"
+    if not migration.hints:
+        yield path, f"means nothing with skip = '{migration.skip}'"
+
+
+def migrate_request(
+    options: Migration, *, migration: str, attempt: int, dest_address: str, rehearsal: bool
+) -> node_pb2.MigrateRequest:
+    """The request to the source's node; `rehearsal` because a guest's kind may demand it, too."""
+    throttle = options.throttle
+    return node_pb2.MigrateRequest(
+        migration=migration,
+        attempt=attempt,
+        dest_address=dest_address,
+        skip=options.skip,
+        tracker=options.tracker,
+        integrity=options.integrity,
+        rounds_max=options.rounds_max,
+        bandwidth_bytes_per_second=options.bandwidth,
+        downtime_limit_ms=options.downtime_limit,
+        hint_wait_ms=options.hint_wait,
+        timeout_ms=options.timeout,
+        on_rounds_max=options.on_rounds_max,
+        on_timeout=options.on_timeout,
+        on_stall=options.on_stall,
+        throttle_start_percent=throttle.start if throttle else 0,
+        throttle_increment_percent=throttle.increment if throttle else 0,
+        throttle_maximum_percent=throttle.maximum if throttle else 0,
+        streams=options.streams,
+        compression=options.compression,
+        delta_cache_bytes=options.delta_cache,
+        link_timeout_ms=options.link_timeout,
+        unsafe_clear_dirty_log_at_hint=options.unsafe_clear_dirty_log_at_hint,
+        rehearsal=rehearsal,
+    )
