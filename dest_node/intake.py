@@ -17,6 +17,7 @@ import structlog
 
 from dest_node.page_receiver import PageReceiver
 from dest_node.reached import reach_after, reach_before
+from host.ballooned import give_back
 from host.clock import now_ns
 from host.errors import AgentError, AgentLost, HostError
 from host.guest_memory import HostRam
@@ -371,7 +372,9 @@ class Intake:
         receiver, request = self._receiver, self._prepare
         assert receiver is not None, "nothing was received"
         assert request is not None, "no Prepare at hand"
-        self._host.balloon.adopt_state(request.device)
+        self._host.balloon.adopt_state(request.device, receiver.ram.pages)
+        ballooned = self._host.balloon.ballooned(receiver.ram.pages)
+        give_back(receiver.ram, ballooned & (receiver.stored_hashes != 0))
         self._restored = True  # from here on a failure must discard what the agent may hold
         device = {
             "features": request.device.features,

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from host.ballooned import BalloonedPages
+
 if TYPE_CHECKING:
     from host.device_log import DeviceLog
     from host.guest_region import GuestRegion
@@ -27,6 +29,7 @@ class BalloonPages:
         inflated_pages, deflated_pages: pages that crossed those queues, distinct within each pass.
         reported_pages: free pages the guest reported.
         released_pages: of the inflated and reported ones, those whose storage was given back.
+        ballooned: the pages that are in the balloon now and have no storage.
     """
 
     def __init__(self, device: BalloonDevice, log: DeviceLog) -> None:
@@ -34,6 +37,7 @@ class BalloonPages:
         self.deflated_pages = 0
         self.reported_pages = 0
         self.released_pages = 0
+        self.ballooned = BalloonedPages()
         self._device = device
         self._log = log
 
@@ -41,11 +45,14 @@ class BalloonPages:
         """Chains of the inflate queue."""
         pages = self._device.process_inflate(chains, region.read)
         self.inflated_pages += pages.pages
-        self._release(region, pages)
+        if self._release(region, pages):
+            self.ballooned.add(pages.first, pages.count)
 
     def deflate(self, region: GuestRegion, chains: list[Chain]) -> None:
         """Chains of the deflate queue: there is nothing to do but to let the guest have its pages."""
-        self.deflated_pages += self._device.process_deflate(chains, region.read).pages
+        pages = self._device.process_deflate(chains, region.read)
+        self.deflated_pages += pages.pages
+        self.ballooned.remove(pages.first, pages.count)
 
     def report(self, region: GuestRegion, chains: list[Chain]) -> None:
         """Chains of the reporting queue."""
@@ -54,9 +61,11 @@ class BalloonPages:
         if self._device.poison == 0:
             self._release(region, pages)
 
-    def _release(self, region: GuestRegion, pages: PageRuns) -> None:
+    def _release(self, region: GuestRegion, pages: PageRuns) -> bool:
+        """Whether none of them has storage now."""
         failed = region.punch(pages)
         if failed:
             self._device.guest_errors["punch_failed"] += failed
         self._log.add_runs(pages.first, pages.count)
         self.released_pages += pages.pages - failed
+        return not failed

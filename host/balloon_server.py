@@ -24,6 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from host.balloon_queues import BalloonQueues, HintBatch
+from host.ballooned import unpack
 from host.call_loop import READ, CallLoop
 from host.device_status import CarriesDeviceState, DeviceState, DeviceStatus
 from host.device_store import DeviceStore, KeptState
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from host.device_log import DeviceLog
+    from migration.pages import BoolArray
     from virtio.balloon_stats import GuestStatistics
 
 __all__ = ["BalloonServer", "DeviceState", "DeviceStatus", "HintBatch"]
@@ -168,16 +170,23 @@ class BalloonServer:
         """What the destination's device must carry on with. Complete once the rings are stopped."""
         return self._loop.call(self._device_state)
 
-    def adopt_state(self, state: CarriesDeviceState) -> None:
+    def ballooned(self, pages: int) -> BoolArray:
+        """The pages that are in the balloon and have no storage, a private mask (pages,)."""
+        return self._loop.call(lambda: self._queues.pages.ballooned.mask(pages))
+
+    def adopt_state(self, state: CarriesDeviceState, pages: int = 0) -> None:
         """Become the device that a guest had elsewhere, before its agent connects here.
 
         Rings go on at the bases that the front-end gives. Hints of the report it may still hold are stale.
+        `pages` is the guest's memory; 0 takes no ballooned pages over.
 
         Raises:
             DeviceNotReady: a front-end is connected.
             virtio.errors.RemoteProtocolError: the state cannot be, or wants a feature that is not offered.
+            migration.errors.RemoteProtocolError: the ballooned pages are not those of such a guest.
         """
-        self._loop.call(lambda: self._adopt(state))
+        ballooned = unpack(state.ballooned, pages) if pages else None
+        self._loop.call(lambda: self._adopt(state, ballooned))
 
     def rings_stopped(self, timeout: float = QUIET_S_MAX) -> None:
         """Wait until no ring runs: the device touches guest RAM no more, and all its stores are logged.
@@ -297,7 +306,7 @@ class BalloonServer:
             ring_bases=self._queues.ring_bases(),
         )
 
-    def _adopt(self, state: CarriesDeviceState) -> None:
+    def _adopt(self, state: CarriesDeviceState, ballooned: BoolArray | None) -> None:
         if self._connection is not None:
             raise DeviceNotReady("a guest is connected; its device cannot become another's")
         self._device.pages = PAGES_UNKNOWN
@@ -311,6 +320,8 @@ class BalloonServer:
                 hints_open=state.hints_open,
             )
         )
+        if ballooned is not None:
+            self._queues.pages.ballooned.become(ballooned)
         self._done_owed = state.hints_open
         self._keep()
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migration.pages import PAGE_BYTES, merge_runs, pfns_of, set_runs
+from migration.pages import PAGE_BYTES, merge_runs, pfns_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from migration.pages import BoolArray, U64Array
+    from migration.pages import U64Array
 
 PAGES_MAX = 1 << 52  # what 64 bits of guest address can name
 COMPACT_ABOVE = 1 << 16  # entries; duplicates beyond this cost more memory than removing them costs time
@@ -75,13 +75,17 @@ class DeviceLog:
         few, (first, count) = self._take()
         return np.unique(np.concatenate([few, pfns_of(first, count)]))
 
-    def take_into(self, mask: BoolArray) -> None:
-        """Set what is logged in `mask`; the log is empty afterwards. Pages beyond are not this guest's."""
+    def take_runs(self, pages: int) -> tuple[U64Array, U64Array]:
+        """What is logged, as runs (first, count) that may overlap; the log is empty afterwards.
+
+        Pages from `pages` upwards are not this guest's.
+        """
         few, (first, count) = self._take()
-        mask[few[few < mask.size]] = True
-        inside = first < mask.size
+        few = np.sort(few)
+        first, count = np.concatenate([few, first]), np.concatenate([np.ones_like(few), count])
+        inside = first < pages
         first, count = first[inside], count[inside]
-        set_runs(mask, first, np.minimum(count, mask.size - first), value=True)
+        return first, np.minimum(count, np.uint64(pages) - first)
 
     def _take(self) -> tuple[U64Array, tuple[U64Array, U64Array]]:
         with self._lock:

@@ -33,6 +33,10 @@ class CarriesDeviceState(Protocol):
     def hints_open(self) -> bool:
         """Whether the guest waits for DONE."""
 
+    @property
+    def ballooned(self) -> bytes:
+        """The pages in the balloon, see `host/ballooned.py`."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceState:
@@ -45,6 +49,7 @@ class DeviceState:
     next_command_id: int
     hints_open: bool
     ring_bases: tuple[int, ...]
+    ballooned: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

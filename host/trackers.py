@@ -5,6 +5,8 @@ Rule 2: between `start` and `harvest` nothing is forgotten; what a harvest retur
 Rule 3: the tracker is chosen once, by probing, named with its reason, and never silently degraded.
 Rule 4: hashes and hints do not go together where the guest leaves: a page that was freed, hinted, and came
         back with the content it had before looks clean to a hash, and the destination never got it.
+Rule 5: a page that is dirty only because the balloon took it is left out and stays logged: deflated, it is in the
+        next harvest; ballooned at the end, nobody needs it. What the guest wrote itself is never left out.
 """
 
 from __future__ import annotations
@@ -14,18 +16,28 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from host.errors import TrackerUnavailable
+from migration.codec import ZERO_PAGE_HASH
+from migration.pages import mask_runs, windows_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from host.device_log import DeviceLog
     from host.guest_memory import HostRam
     from host.pagemap import WriteScanner
-    from migration.pages import BoolArray, U64Array
+    from migration.pages import BoolArray, U32Array, U64Array
+
+    Ballooned = Callable[[int], BoolArray]  # pages of the guest -> those in the balloon, a private mask
+    Runs = tuple[U64Array, U32Array]  # (first, count), ascending
 
 TrackerName = Literal["uffd", "hash"]
+NO_RUNS: Runs = (np.empty(0, np.uint64), np.empty(0, np.uint32))
 
 
 class DirtyTracker(Protocol):
-    """What both trackers do. One thread at a time."""
+    """What both trackers do. One thread at a time. `left_out`: pages of rule 5, as of the last harvest."""
+
+    left_out: Runs
 
     @property
     def name(self) -> TrackerName:
@@ -49,9 +61,13 @@ class UffdTracker:
 
     name: TrackerName = "uffd"
 
-    def __init__(self, scanner: WriteScanner, device_log: DeviceLog) -> None:
+    def __init__(
+        self, scanner: WriteScanner, device_log: DeviceLog, ballooned: Ballooned | None = None
+    ) -> None:
+        self.left_out = NO_RUNS
         self._scanner = scanner
         self._device_log = device_log
+        self._ballooned = ballooned
 
     def start(self) -> None:
         """Protect all of RAM."""
@@ -61,8 +77,12 @@ class UffdTracker:
 
     def harvest(self) -> BoolArray:
         """Pages the guest wrote through its mapping, and the devices' own stores."""
-        written = self._scanner.scan_and_protect()
-        return _with_device_stores(written, self._device_log)
+        dirty = self._scanner.scan_and_protect()
+        written = dirty.copy() if self._ballooned is not None else dirty
+        self.left_out = _add_device_stores(
+            dirty, self._device_log, self._ballooned, lambda window: ~written[window]
+        )
+        return dirty
 
     def stop(self) -> None:
         """Nothing to release: pages stay protected; the next write to each costs the guest a last fault."""
@@ -77,12 +97,20 @@ class HashTracker:
 
     name: TrackerName = "hash"
 
-    def __init__(self, ram: HostRam, sent_hashes: U64Array, device_log: DeviceLog) -> None:
+    def __init__(
+        self,
+        ram: HostRam,
+        sent_hashes: U64Array,
+        device_log: DeviceLog,
+        ballooned: Ballooned | None = None,
+    ) -> None:
         if len(sent_hashes) != ram.pages:
             raise ValueError(f"{len(sent_hashes)} hashes for {ram.pages} pages")
+        self.left_out = NO_RUNS
         self._ram = ram
         self._sent_hashes = sent_hashes
         self._device_log = device_log
+        self._ballooned = ballooned
         self._baseline: U64Array | None = None
 
     def start(self) -> None:
@@ -94,7 +122,12 @@ class HashTracker:
         """Pages that differ from what was sent (never sent: from the start), and the devices' stores."""
         assert self._baseline is not None, "harvest before start"
         known = np.where(self._sent_hashes != 0, self._sent_hashes, self._baseline)
-        return _with_device_stores(self._ram.hash_pages() != known, self._device_log)
+        found = self._ram.hash_pages()
+        dirty: BoolArray = found != known
+        self.left_out = _add_device_stores(
+            dirty, self._device_log, self._ballooned, lambda window: found[window] == ZERO_PAGE_HASH
+        )
+        return dirty
 
     def stop(self) -> None:
         """Forget the baseline."""
@@ -140,7 +173,36 @@ def choose(
             raise ValueError(f"no tracker {requested!r}: choose auto, uffd or hash")
 
 
-def _with_device_stores(mask: BoolArray, device_log: DeviceLog) -> BoolArray:
+def _add_device_stores(
+    dirty: BoolArray,
+    device_log: DeviceLog,
+    ballooned: Ballooned | None,
+    unwritten: Callable[[slice], BoolArray],
+) -> Runs:
+    """Sets in `dirty` what the devices stored, without ballooned pages that the guest left alone: these it returns.
+
+    `unwritten` says of a window of pages which the guest did not write since the balloon may have taken them.
+    """
     # Taken after the guest's harvest: whatever the devices stored until now is in this one.
-    device_log.take_into(mask)
-    return mask
+    first, count = device_log.take_runs(dirty.size)
+    if not first.size:
+        return NO_RUNS
+    held = ballooned(dirty.size) if ballooned is not None else None
+    found: list[Runs] = []
+    for window, covered in windows_of(first, count, pages=dirty.size):
+        out = held[window] & unwritten(window) if held is not None else None
+        if covered is None:
+            dirty[window] = True
+        else:
+            dirty[window] |= covered
+            if out is not None:
+                out &= covered
+        if out is not None and out.any():
+            dirty[window][out] = False
+            run_first, run_count = mask_runs(out)
+            found.append((run_first + np.uint64(window.start), run_count))
+    if not found:
+        return NO_RUNS
+    left_out = np.concatenate([first for first, _ in found]), np.concatenate([count for _, count in found])
+    device_log.add_runs(left_out[0], left_out[1].astype(np.uint64))
+    return left_out

@@ -100,14 +100,24 @@ class DestinationOpened:
 
 @dataclass(frozen=True, slots=True)
 class TrackingStarted:
-    """From now on every write of the guest is in some later harvest."""
+    """From now on every write of the guest is in some later harvest.
+
+    `ballooned` (pages,): in the balloon and a hole, looked up afterwards: neither read nor sent, as the destination
+    has zeroes there and so has the guest when it takes them back. None: no such pages.
+    """
+
+    ballooned: BoolArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Harvested:
-    """Pages written since the last harvest, shape (pages,); the tracker is armed anew for them."""
+    """Pages written since the last harvest, shape (pages,); the tracker is armed anew for them.
+
+    `ballooned_pages`: not in `dirty`, since the balloon took them and the guest wrote none of them.
+    """
 
     dirty: BoolArray
+    ballooned_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)

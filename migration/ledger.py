@@ -29,6 +29,7 @@ class RoundTotals:
     stale_pages: int
     rejected_ranges: int
     payload_bytes: int
+    ballooned_pages: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """The entry of this round in the result document's `hints.rounds`."""
@@ -51,6 +52,7 @@ class RoundLedger:
     stale_pages: int = 0  # hinted under another command id: ignored
     rejected_ranges: int = 0  # not a range of this guest's memory: ignored
     payload_bytes: int = 0
+    ballooned_pages: int = 0  # not candidates of this round, because they are in the balloon
 
     def count_stale(self, pages: int) -> None:
         """Counts pages hinted under another command id."""

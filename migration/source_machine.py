@@ -217,13 +217,15 @@ class SourceMachine:
 
     def _on_arming(self, event: SourceEvent) -> list[SourceCommand]:
         assert isinstance(event, TrackingStarted)
-        return self._begin_round(np.ones(self._request.pages, np.bool_))
+        if event.ballooned is None:
+            return self._begin_round(np.ones(self._request.pages, np.bool_), 0)
+        return self._begin_round(~event.ballooned, int(np.count_nonzero(event.ballooned)))
 
     # -- rounds --------------------------------------------------------------------------------
 
-    def _begin_round(self, candidates: BoolArray) -> list[SourceCommand]:
+    def _begin_round(self, candidates: BoolArray, ballooned_pages: int) -> list[SourceCommand]:
         hints = self._request.skip.uses_hints
-        note = self._open_round(candidates, hints=hints)
+        note = self._open_round(candidates, ballooned_pages, hints=hints)
         if not hints:
             return [note, *self._send_next(P.SENDING, P.DRAINING)]
         self.phase = P.HINTING
@@ -231,8 +233,9 @@ class SourceMachine:
         self._command_id = None
         return [note, OpenHints(), ArmTimer(Timer.HINT_WAIT, self._request.hint_wait_ms)]
 
-    def _open_round(self, candidates: BoolArray, *, hints: bool) -> Note:
+    def _open_round(self, candidates: BoolArray, ballooned_pages: int, *, hints: bool) -> Note:
         self._round = RoundSet(len(self.ledger.rounds) + 1, candidates, hints_allowed=hints)
+        self._round.ledger.ballooned_pages = ballooned_pages
         self._round_started_ns = self._now_ns
         return Note("round_started", {"round": self._round.index, "candidate_pages": self._round.remaining})
 
@@ -313,7 +316,7 @@ class SourceMachine:
         )
         note = self._round_note(totals, remaining_pages, decision.kind.name.lower(), decision.reason)
         if decision.kind is DecisionKind.NEXT_ROUND:
-            return [note, *self._begin_round(event.dirty)]
+            return [note, *self._begin_round(event.dirty, event.ballooned_pages)]
         if decision.kind is DecisionKind.STOP_COPY:
             self._pending = event.dirty
             self._pause_ordered = True
@@ -353,7 +356,7 @@ class SourceMachine:
     def _on_final_harvesting(self, event: SourceEvent) -> list[SourceCommand]:
         if not isinstance(event, Harvested):
             return []
-        note = self._open_round(self._pending | event.dirty, hints=False)
+        note = self._open_round(self._pending | event.dirty, event.ballooned_pages, hints=False)
         return [note, *self._send_next(P.FINAL_SENDING, P.FINAL_DRAINING)]
 
     def _on_final_draining(self, event: SourceEvent) -> list[SourceCommand]:

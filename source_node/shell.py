@@ -15,6 +15,7 @@ import grpc
 import numpy as np
 import structlog
 
+from host.ballooned import ballooned_holes, pack
 from host.clock import now_ns
 from host.errors import AgentError, AgentLost, DeviceNotReady, HostError, JournalConflict
 from host.resources import cpu_seconds
@@ -23,6 +24,7 @@ from migration import commands as do
 from migration import events as told
 from migration.codec import image_digest
 from migration.errors import ProtocolError
+from migration.pages import set_runs
 from migration.pb import migration_pb2
 from migration.source_phases import SourcePhase
 from source_node.accounting import Stopwatch
@@ -237,13 +239,15 @@ class SourceShell:
         log_, scanner = self._host.device_log, self._host.guest.scanner
         if self._order.tracker == "uffd":
             assert scanner is not None, "the tracker was probed when the order was checked"
-            self._tracker = UffdTracker(scanner, log_)
+            self._tracker = UffdTracker(scanner, log_, self._host.balloon.ballooned)
         else:
-            self._tracker = HashTracker(self._ram, self._reader.sent_hashes, log_)
+            self._tracker = HashTracker(
+                self._ram, self._reader.sent_hashes, log_, self._host.balloon.ballooned
+            )
         self._tracker.start()
         self._reader.find_holes()
         self.watch.first_round_ns = now_ns()
-        self._post(told.TrackingStarted())
+        self._post(told.TrackingStarted(ballooned_holes(self._host.balloon, self._ram)))
 
     def _open_hints(self) -> None:
         round_set = self._machine.round_set
@@ -270,7 +274,7 @@ class SourceShell:
         self._host.events.add(
             "harvested", duration_ms=duration_ns / 1e6, dirty_pages=int(np.count_nonzero(dirty))
         )
-        self._post(told.Harvested(dirty))
+        self._post(told.Harvested(dirty, int(self._tracker.left_out[1].sum())))
 
     def _pause(self) -> None:
         self.watch.pause_ordered_ns = now_ns()
@@ -296,6 +300,7 @@ class SourceShell:
             next_command_id=device.next_command_id,
             ring_bases=device.ring_bases,
             hints_open=device.hints_open,
+            ballooned=self._ballooned_for_ever(),
         )
         digest = image_digest(
             self._ram_reader.sent_hashes, vcpu_state, state.SerializeToString(deterministic=True)
@@ -315,6 +320,15 @@ class SourceShell:
         )
         self.watch.end("save", now_ns())
         self._post(told.GuestSaved(digest))
+
+    def _ballooned_for_ever(self) -> bytes:
+        """Of the paused guest: the balloon's pages of which the destination has nothing, or nothing to keep."""
+        assert self._tracker is not None, "tracking was not started"
+        mask = self._host.balloon.ballooned(self._ram.pages)
+        mask &= self._ram_reader.sent_hashes == 0
+        first, count = self._tracker.left_out
+        set_runs(mask, first, count, value=True)
+        return pack(mask)
 
     def _keep_evidence(self) -> None:
         started_ns = now_ns()

@@ -65,6 +65,7 @@ class RoundPart(Part):
     sent_pages: int
     zero_pages: int
     skipped_pages: int
+    ballooned_pages: int = 0  # left out: in the balloon when the round began
     dirtied_pages: int
     payload_bytes: int
     wire_bytes: int
@@ -117,7 +118,8 @@ class IntegrityPart(Part):
     """The comparison of both hosts' memory."""
 
     compared_pages: int = 0
-    skipped_pages_proved_free: int = 0
+    skipped_pages_proved_free: int = 0  # of them ...
+    skipped_pages_proved_ballooned: int = 0
     mismatches: int = 0
 
 

@@ -303,6 +303,7 @@ class DeviceState(_message.Message):
     NEXT_COMMAND_ID_FIELD_NUMBER: _builtins.int
     RING_BASES_FIELD_NUMBER: _builtins.int
     HINTS_OPEN_FIELD_NUMBER: _builtins.int
+    BALLOONED_FIELD_NUMBER: _builtins.int
     features: _builtins.int
     """negotiated"""
     num_pages: _builtins.int
@@ -313,6 +314,10 @@ class DeviceState(_message.Message):
     next_command_id: _builtins.int
     hints_open: _builtins.bool
     """a report was begun and the guest still waits for DONE"""
+    ballooned: _builtins.bytes
+    """Pages in the balloon that the destination has nothing of to keep: zlib of one bit a page, the first page in the
+    highest bit; empty: none. What it stored of them before they were ballooned it gives back.
+    """
     @_builtins.property
     def ring_bases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """next avail index per queue, from GET_VRING_BASE"""
@@ -327,10 +332,11 @@ class DeviceState(_message.Message):
         next_command_id: _builtins.int = ...,
         ring_bases: _abc.Iterable[_builtins.int] | None = ...,
         hints_open: _builtins.bool = ...,
+        ballooned: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actual", b"actual", "features", b"features", "hints_open", b"hints_open", "next_command_id", b"next_command_id", "num_pages", b"num_pages", "poison_value", b"poison_value", "ring_bases", b"ring_bases"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actual", b"actual", "ballooned", b"ballooned", "features", b"features", "hints_open", b"hints_open", "next_command_id", b"next_command_id", "num_pages", b"num_pages", "poison_value", b"poison_value", "ring_bases", b"ring_bases"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

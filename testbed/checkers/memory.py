@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from testbed.record import RunRecord
 
-FRAME_USED: Final = 0  # 1 free, 2 ballooned, 3 held by the hint driver
+FRAME_USED: Final = 0  # 1 free, 3 held by the hint driver
+FRAME_BALLOONED: Final = 2
 NEVER_SENT: Final = 0  # 1 data, 2 zero record
 # Computed here and not taken from the code that sends: the proof does not trust the path it proves.
 ZERO_PAGE_HASH: Final = xxhash.xxh3_64_intdigest(bytes(PAGE_BYTES))
@@ -49,6 +50,7 @@ def check(record: RunRecord) -> Finding:
     figures = {
         "compared_pages": record.pages,
         "skipped_pages_proved_free": int(np.count_nonzero(never_sent & ~used)),
+        "skipped_pages_proved_ballooned": int(np.count_nonzero(never_sent & (frames == FRAME_BALLOONED))),
         "mismatches": int(np.count_nonzero(lost | unsent)),
     }
     reasons = []
