@@ -9,9 +9,11 @@ Rule 4: one schema, both directions: manifest.json keeps `Scenario.model_dump()`
 from collections.abc import Iterator
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from testbed.balloon_keys import Balloon, balloon_conflicts
+from testbed.history import Origin
+from testbed.leg_keys import LEGS_MAX, ORIGINS, Leg, leg_conflicts, with_migration_keys
 from testbed.linux_keys import Marker, Rewriter, kind_conflicts, linux_conflicts
 from testbed.migration_keys import Migration, migration_conflicts
 from testbed.scenario_model import Model
@@ -150,7 +152,7 @@ class Guest(Model):
 
 
 class Hosts(Model):
-    """Where the two hosts live."""
+    """Where the hosts live."""
 
     kind: Literal["local"] = "local"
     guest_memory_max: Bytes = 0  # neither host takes a larger guest in; 0: as much as the machine has
@@ -175,8 +177,25 @@ class Scenario(Model):
     guest: Guest
     balloon: Balloon = Balloon()
     migration: Migration = Migration()
+    leg: Annotated[tuple[Leg, ...], Field(strict=False, max_length=LEGS_MAX)] = ()  # see `legs`
     hosts: Hosts = Hosts()
     run: Run = Run()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_legs(cls, document: object) -> object:
+        return with_migration_keys(document) if isinstance(document, dict) else document
+
+    @property
+    def legs(self) -> tuple[Leg, ...]:
+        """The migrations to make, one after the other; a scenario without [[leg]] goes to b once."""
+        return self.leg or (Leg.model_validate({**self.migration.model_dump(), "to": "b"}),)
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """The hosts that the run needs, as histories call them; the guest's first one first."""
+        named = {ORIGINS[leg.to] for leg in self.leg}
+        return ("source", "dest", *(("third",) if "third" in named else ()))
 
     @property
     def rehearses(self) -> bool:
@@ -185,7 +204,7 @@ class Scenario(Model):
 
 
 SECTIONS: Final[dict[str, type[Model]]] = {
-    "guest": Guest, "balloon": Balloon, "migration": Migration, "hosts": Hosts, "run": Run,
+    "guest": Guest, "balloon": Balloon, "migration": Migration, "leg": Leg, "hosts": Hosts, "run": Run,
 }  # fmt: skip
 
 
@@ -220,6 +239,16 @@ def conflicts(
             "and came back with the same content; use skip 'none' or 'zero', or tracker 'uffd'"
         )
         yield "migration.tracker", problem
+
+
+def conflicts_of_legs(scenario: Scenario) -> Iterator[tuple[str, str]]:
+    """What is wrong in or across the legs of a scenario that is right otherwise, as (path, problem)."""
+    yield from leg_conflicts(scenario.leg, linux=scenario.guest.kind == "linux")
+    known = set(conflicts(None, scenario.balloon, scenario.migration, scenario.expect))
+    for index, leg in enumerate(scenario.leg):
+        for path, problem in conflicts(None, scenario.balloon, leg, scenario.expect):
+            if (path, problem) not in known and path.startswith("migration."):
+                yield f"leg.{index}.{path.removeprefix('migration.')}", problem
 
 
 def _memory_conflicts(guest: Guest) -> Iterator[tuple[str, str]]:

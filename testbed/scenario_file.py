@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from testbed.balloon_keys import Balloon
 from testbed.errors import UsageError
 from testbed.migration_keys import CHECKED_KEYS, Migration
-from testbed.scenario import SECTIONS, WORKLOADS, Guest, Scenario, conflicts
+from testbed.scenario import SECTIONS, WORKLOADS, Guest, Scenario, conflicts, conflicts_of_legs
 from testbed.scenario_model import Model
 
 SomeModel = TypeVar("SomeModel", bound=Model)
@@ -88,6 +88,8 @@ def validate(document: Mapping[str, Any]) -> tuple[Scenario | None, list[str]]:
         document.get("expect", "completed"),
     )
     problems += [f"{path}: {problem}" for path, problem in found]
+    if scenario is not None:
+        problems += [f"{path}: {problem}" for path, problem in conflicts_of_legs(scenario)]
     return (None if problems else scenario), problems
 
 

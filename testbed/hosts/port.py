@@ -199,6 +199,6 @@ class Hosts(Protocol):
     ) -> None: ...
 
 
-def origins_of(scenario: Scenario) -> tuple[Origin, ...]:  # noqa: ARG001 - a third host is a scenario's to ask
+def origins_of(scenario: Scenario) -> tuple[Origin, ...]:
     """The hosts that a scenario needs, the guest's first one first."""
-    return ("source", "dest")
+    return scenario.origins

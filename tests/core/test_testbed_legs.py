@@ -1,0 +1,62 @@
+"""A scenario's legs: what may be said, what a leg takes from [migration], and what is refused."""
+
+import pytest
+
+from testbed.errors import UsageError
+from testbed.scenario import Scenario
+from testbed.scenario_file import parse
+
+GUEST = '[guest]\nmemory = "32MiB"\n'
+THERE_AND_BACK = '[[leg]]\nto = "b"\n[[leg]]\nto = "a"\nskip = "zero"\n[[leg]]\nto = "c"\nsettle = "50ms"\n'
+
+
+def scenario(text, *overrides):
+    return parse(GUEST + text, default_name="legs", overrides=overrides)
+
+
+def test_without_legs_the_guest_goes_to_b_once_as_migration_says():
+    asked = scenario('[migration]\nskip = "hint"\nbandwidth = "1MiB/s"\n')
+    (leg,) = asked.legs
+    assert (leg.to, leg.skip, leg.bandwidth, leg.settle) == ("b", "hint", 1 << 20, None)
+    assert asked.leg == ()
+    assert asked.origins == ("source", "dest")
+
+
+def test_a_leg_says_only_what_differs_from_migration():
+    legs = scenario('[migration]\nskip = "hint"\nrounds_max = 7\n' + THERE_AND_BACK).legs
+    assert [(leg.to, leg.skip, leg.rounds_max) for leg in legs] == [
+        ("b", "hint", 7), ("a", "zero", 7), ("c", "hint", 7),
+    ]  # fmt: skip
+    assert legs[2].settle == 50
+
+
+def test_a_third_host_is_started_only_where_a_leg_names_it():
+    assert scenario(THERE_AND_BACK).origins == ("source", "dest", "third")
+    assert scenario('[[leg]]\nto = "b"\n').origins == ("source", "dest")
+
+
+def test_a_scenario_with_legs_is_read_back_from_its_manifest_as_it_was():
+    asked = scenario('[migration]\nskip = "hint"\n' + THERE_AND_BACK)
+    assert Scenario.model_validate(asked.model_dump(mode="json")) == asked
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[[leg]]\nto = "a"\n', "leg.0.to: the guest is on a then"),
+        ('[[leg]]\nto = "b"\n[[leg]]\nto = "b"\n', "leg.1.to: the guest is on b then"),
+        ('[[leg]]\nto = "d"\n', "leg.0.to: 'd' is not one of"),
+        ('[[leg]]\nskip = "hint"\n', "leg.0.to: is missing"),
+        ('[[leg]]\nto = "b"\nskipp = "hint"\n', "leg.0.skipp: unknown key; did you mean 'skip'?"),
+        ('[[leg]]\nto = "b"\nrehearsal = true\n', "leg.0.rehearsal: a rehearsal goes nowhere"),
+        ('[[leg]]\nto = "b"\ntracker = "hash"\n', "leg.0.tracker: 'hash' cannot be combined"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_path(text, problem):
+    with pytest.raises(UsageError, match="leg") as caught:
+        scenario(text)
+    assert any(line.startswith(problem) for line in caught.value.problems), caught.value.problems
+
+
+def test_an_override_reaches_one_leg():
+    assert scenario(THERE_AND_BACK, "leg.1.skip=none").legs[1].skip == "none"
