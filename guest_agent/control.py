@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from guest_agent.errors import OperationRefused
+from guest_agent.peer_credentials import why_not_trusted
 from virtio.errors import SidebandError
 from virtio.sideband import (
     FDS_MAX,
@@ -125,6 +126,10 @@ class ControlServer:
             connection, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return  # the node was gone before it was served
+        if reason := why_not_trusted(connection):
+            self._log.warning("node_refused", reason=reason)
+            connection.close()
+            return
         connection.settimeout(SEND_S_MAX)
         if self._connection is not None:
             self._log.info("node_replaced")

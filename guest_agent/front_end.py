@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
+from guest_agent.peer_credentials import why_not_trusted
 from virtio.balloon import (
     CONFIG_OFFSET_ACTUAL,
     CONFIG_OFFSET_POISON,
@@ -233,6 +234,8 @@ class FrontEnd:
         self._main = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._main.settimeout(EXCHANGE_S_MAX)
         self._main.connect(str(self._path))
+        if reason := why_not_trusted(self._main):
+            raise PermissionError(f"no balloon device of ours at {self._path}: {reason}")
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._channel.settimeout(EXCHANGE_S_MAX)
         with theirs:

@@ -32,6 +32,7 @@ from host.points import Points
 from host.process import configure_logging, die_with_parent, keep_large_blocks
 from host.resources import ResourceMeter
 from host.roles import RoleRefused, load_role
+from host.tls import Trust, is_loopback
 from migration.pb import migration_pb2, node_pb2, node_pb2_grpc
 
 if TYPE_CHECKING:
@@ -62,17 +63,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--guest-memory-max", type=int, default=0, metavar="BYTES", help="refuse larger guests (0: no limit)"
     )
+    parser.add_argument(
+        "--tls-dir",
+        type=Path,
+        help="ca.pem, cert.pem and key.pem (0600): TLS 1.3 on TCP, for this run's peers only",
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="allow plain text beyond loopback; every plain port is told"
+    )
     parser.add_argument("--die-with-parent", action="store_true", help="end when the starting process ends")
     return parser.parse_args(argv)
-
-
-def bind(server: grpc.Server, address: str) -> str:
-    """Binds and returns the address with the port that was given."""
-    port = server.add_insecure_port(address)
-    if address.startswith("unix:"):
-        Path(address.removeprefix("unix:")).chmod(0o600)
-        return address
-    return f"{address.rpartition(':')[0]}:{port}"
 
 
 def write_node_file(run_dir: Path, control: str, migration_address: str) -> None:
@@ -103,6 +103,7 @@ def server_options() -> list[tuple[str, int]]:
 def serve(options: argparse.Namespace, stop: threading.Event) -> None:
     """Everything with one owner each, undone in reverse."""
     with ExitStack() as stack:
+        trust = Trust(options.tls_dir, insecure=options.insecure)
         events = EventLog(options.name)
         stack.callback(events.close)
         resources = ResourceMeter()
@@ -132,26 +133,24 @@ def serve(options: argparse.Namespace, stop: threading.Event) -> None:
             resources=resources,
             points=Points(events),
             hints=relay,
+            trust=trust,
         )
         context.artefacts_dir.mkdir(parents=True, exist_ok=True)
         roles = [load_role(name, context) for name in options.role]
-        migration_server = grpc.server(
-            futures.ThreadPoolExecutor(MIGRATION_THREADS, "migration"), options=server_options()
-        )
+        migration_server = make_server("migration", MIGRATION_THREADS, trust.hosts_only())
         for role in roles:
             role.register(migration_server)
             stack.callback(role.stop)
-        migration_address = bind(migration_server, options.migration_address)
+        migration_address = trust.bind(migration_server, options.migration_address)
         service = NodeService(context, roles, migration_address, stop)
-        control_server = grpc.server(
-            futures.ThreadPoolExecutor(CONTROL_THREADS, "control"), options=server_options()
-        )
-        control = bind(control_server, options.control)
+        control_server = make_server("control", CONTROL_THREADS, trust.control_only(options.control))
+        control = trust.bind(control_server, options.control)
         add_services(control_server, service)
         stack.callback(lambda: control_server.stop(GRACE_S).wait())
         stack.callback(events.close)  # ends the watches, so that the control server need not wait for them
         stack.callback(lambda: migration_server.stop(GRACE_S).wait())
         events.add("node_started", roles=options.role, migration_address=migration_address)
+        tell_plain_text(events, trust, migration_address, control)
         stack.callback(guest.stop)
 
         for role in roles:
@@ -176,6 +175,19 @@ def wind_up(context: HostContext, roles: Sequence[Role]) -> None:
         role.stop()
     context.events.add("node_resources", **context.resources.fields())
     context.events.add("node_stopping")
+
+
+def make_server(name: str, threads: int, interceptors: list[grpc.ServerInterceptor]) -> grpc.Server:
+    """One of the node's two, with its threads."""
+    pool = futures.ThreadPoolExecutor(threads, name)
+    return grpc.server(pool, options=server_options(), interceptors=interceptors)
+
+
+def tell_plain_text(events: EventLog, trust: Trust, *addresses: str) -> None:
+    """Whoever reads the history knows which ports anybody could have read."""
+    plain = [address for address in addresses if not address.startswith("unix:")]
+    if plain and not trust.encrypts:
+        events.add("plain_text", addresses=plain, loopback=all(is_loopback(address) for address in plain))
 
 
 def add_services(server: grpc.Server, service: NodeService) -> None:

@@ -27,6 +27,7 @@ import numpy as np
 
 from host.descriptors import close_all, receive
 from host.errors import AgentError, AgentLost
+from host.peer_credentials import why_not_trusted
 from virtio.errors import SidebandError
 from virtio.sideband import (
     FDS_MAX,
@@ -142,7 +143,7 @@ class AgentLink:
         """Connect, trying again until the agent listens or `timeout` seconds passed. No-op when connected.
 
         Raises:
-            AgentLost: nobody listened in time, or the link is being closed.
+            AgentLost: nobody of ours listened in time, or the link is being closed.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -153,17 +154,19 @@ class AgentLink:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
                 connection.connect(self.socket_path)
+                reason = why_not_trusted(connection)
             except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
-                connection.close()
-                if time.monotonic() >= deadline:
-                    raise AgentLost(f"no guest agent at {self.socket_path}: {error.strerror}") from error
-                self._closing.wait(RETRY_S)
-                continue
+                reason = error.strerror or type(error).__name__
             except BaseException:
                 connection.close()
                 raise
-            self._adopt(connection)
-            return
+            if not reason:
+                self._adopt(connection)
+                return
+            connection.close()
+            if time.monotonic() >= deadline:
+                raise AgentLost(f"no guest agent at {self.socket_path}: {reason}")
+            self._closing.wait(RETRY_S)
 
     def close(self) -> None:
         """End the connection and the reading thread. Requests under way raise AgentLost. Idempotent."""

@@ -29,6 +29,7 @@ from host.call_loop import READ, CallLoop
 from host.device_status import CarriesDeviceState, DeviceState, DeviceStatus
 from host.device_store import DeviceStore, KeptState
 from host.errors import DeviceNotReady, DeviceStateUnreadable, LoopEnded
+from host.peer_credentials import why_not_trusted
 from host.vhost_connection import VhostConnection
 from virtio.balloon import F_FREE_PAGE_HINT, QUEUE_DEFLATE, QUEUE_HINT, QUEUE_INFLATE, has
 from virtio.balloon_device import FEATURES_DEFAULT, BalloonDevice
@@ -392,6 +393,10 @@ class BalloonServer:
                 raise
             self._connection_errors["no_descriptors"] += 1
             self._turn_away(listener)
+            return
+        if why_not_trusted(connection):
+            self._connection_errors["wrong_user"] += 1
+            connection.close()
             return
         self._drop()
         self._connection = VhostConnection(

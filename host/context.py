@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from host.hint_relay import HintRelay
+from host.tls import PLAIN, Trust
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +35,7 @@ class HostContext:
     resources: ResourceMeter
     points: Points
     hints: HintRelay = field(default_factory=HintRelay)
+    trust: Trust = PLAIN  # whom this host talks to over TCP, and how
 
     @property
     def artefacts_dir(self) -> Path:

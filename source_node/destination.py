@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from host.tls import PLAIN, Trust
 from migration.events import (
     Answer,
     CommitAnswered,
@@ -58,7 +59,15 @@ def id_message(key: AttemptKey) -> migration_pb2.AttemptId:
 class Destination:
     """One attempt's peer. Events go to `post`, from gRPC's threads."""
 
-    def __init__(self, address: str, key: AttemptKey, post: Callable[[SourceEvent], None]) -> None:
+    def __init__(
+        self,
+        address: str,
+        key: AttemptKey,
+        post: Callable[[SourceEvent], None],
+        *,
+        server_name: str = "",
+        trust: Trust = PLAIN,
+    ) -> None:
         self.address = address
         self.incarnation = ""
         self.control_bytes = 0  # of control messages sent, with their gRPC prefix
@@ -66,7 +75,7 @@ class Destination:
         self.resume_ns = 0
         self._key = key
         self._post = post
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = trust.channel(address, server_name, CHANNEL_OPTIONS)
         self._stub = migration_pb2_grpc.MigrationStub(self._channel)
 
     def open(self, memory_bytes: int, integrity: str) -> None:

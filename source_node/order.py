@@ -34,7 +34,13 @@ class Order:
     streams: int = 0  # 0: chosen from the cores
     compression: str = "none"
     delta_cache_bytes: int = 0  # 0: no deltas
+    dest_server_name: str = ""  # of the destination's certificate; "": plain text
     unsafe_clear_dirty_log_at_hint: bool = False  # source_node/hint_rule.py
+
+    @property
+    def peer(self) -> str:
+        """The destination as the journal keeps it: its address, and the name of its certificate if it has one."""
+        return f"{self.dest_address} {self.dest_server_name}".rstrip()
 
 
 def limits_of(request: node_pb2.MigrateRequest) -> Limits:

@@ -67,8 +67,9 @@ class SourceRole:
                     guest.link.resume(hello.guest_epoch)
                     self._host.events.add("guest_resumed", attempt=str(entry.key))
                 self._host.balloon.hints_done()
-        for key, address in self._burned:
-            peer = Destination(address, key, lambda _: None)
+        for key, detail in self._burned:
+            address, server_name = _peer_in(detail)
+            peer = Destination(address, key, lambda _: None, server_name=server_name, trust=self._host.trust)
             if problem := peer.abort("the source node restarted"):
                 self._host.events.add("abort_unheard", reason=problem)
             peer.close()
@@ -85,10 +86,12 @@ class SourceRole:
         given_away = self._host.guest.hello().guest_epoch == entry.key.guest_epoch
         return f"the guest was given away by {entry.key}" if given_away else ""
 
-    def _take_up(self, key: AttemptKey, address: str, image_digest: int) -> None:
+    def _take_up(self, key: AttemptKey, detail: str, image_digest: int) -> None:
+        address, server_name = _peer_in(detail)
         order = Order(
             key=key,
             dest_address=address,
+            dest_server_name=server_name,
             skip=Skip.NONE,
             tracker="",
             tracker_reason="taken up after a restart",
@@ -158,9 +161,12 @@ class SourceRole:
             raise ValueError(f"unsafe_clear_dirty_log_at_hint means nothing with skip {skip.value!r}")
         if skip.uses_hints and (refusal := self._host.balloon.status().hints_refusal):
             raise RoleRefused(refusal)
+        if refusal := self._host.trust.why_not_call(request.dest_address, request.dest_server_name):
+            raise RoleRefused(refusal)
         return Order(
             key=AttemptKey(request.migration, request.attempt, hello.guest_epoch),
             dest_address=request.dest_address,
+            dest_server_name=request.dest_server_name,
             skip=skip,
             tracker=tracker,
             tracker_reason=why,
@@ -173,3 +179,9 @@ class SourceRole:
             delta_cache_bytes=request.delta_cache_bytes,
             limits=limits_of(request),
         )
+
+
+def _peer_in(detail: str) -> tuple[str, str]:
+    """(address, server name) as Order.peer wrote them."""
+    address, _, server_name = detail.partition(" ")
+    return address, server_name

@@ -93,7 +93,13 @@ class SourceShell:
 
     def reach_again(self, key: AttemptKey) -> None:
         """Have a channel to the destination without opening an attempt: this one is COMMITTING already."""
-        self._destination = Destination(self._order.dest_address, key, self._post)
+        self._destination = self._peer_of(key)
+
+    def _peer_of(self, key: AttemptKey) -> Destination:
+        order, trust = self._order, self._host.trust
+        return Destination(
+            order.dest_address, key, self._post, server_name=order.dest_server_name, trust=trust
+        )
 
     def _chosen_hint_rule(self) -> HintRule:
         scanner = self._host.guest.scanner
@@ -210,21 +216,21 @@ class SourceShell:
     def _record(self, command: do.RecordState) -> None:
         journal, key, state = self._host.journal, command.key, command.state
         if state is told.Recorded.STARTED:
-            journal.begin(key, "source", state.value, detail=self._order.dest_address)
+            journal.begin(key, "source", state.value, detail=self._order.peer)
         elif state is told.Recorded.COMPLETED:
             journal.move(key, "source", {"COMMITTING"}, state.value, detail=command.reason)
         elif state is told.Recorded.COMMITTING:
             self.watch.end("prepare", now_ns())
             self.watch.begin("commit", now_ns())
             digest = self._prepare.image_digest
-            detail = self._order.dest_address
+            detail = self._order.peer
             journal.move(key, "source", {"STARTED"}, state.value, digest=digest, detail=detail)
         else:
             journal.move(key, "source", {"STARTED", "COMMITTING"}, state.value, detail=command.reason)
         self._post(told.StateRecorded(state))
 
     def _open(self, key: AttemptKey) -> None:
-        self._destination = Destination(self._order.dest_address, key, self._post)
+        self._destination = self._peer_of(key)
         self._destination.open(self._ram.memory_bytes, self._order.integrity)
 
     def _start_tracking(self) -> None:

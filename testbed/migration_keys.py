@@ -107,14 +107,24 @@ def _unsafe_conflicts(migration: Migration, expect: object) -> Iterator[tuple[st
 
 
 def migrate_request(
-    options: Migration, *, migration: str, attempt: int, dest_address: str, rehearsal: bool
+    options: Migration,
+    *,
+    migration: str,
+    attempt: int,
+    dest_address: str,
+    dest_server_name: str = "",
+    rehearsal: bool,
 ) -> node_pb2.MigrateRequest:
-    """The request to the source's node; `rehearsal` because a guest's kind may demand it, too."""
+    """The request to the source's node; `rehearsal` because a guest's kind may demand it, too.
+
+    `dest_server_name` is the destination's certificate's; "" is plain text.
+    """
     throttle = options.throttle
     return node_pb2.MigrateRequest(
         migration=migration,
         attempt=attempt,
         dest_address=dest_address,
+        dest_server_name=dest_server_name,
         skip=options.skip,
         tracker=options.tracker,
         integrity=options.integrity,

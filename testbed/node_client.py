@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from host.tls import PLAIN, Trust
 from migration.pb import node_pb2, node_pb2_grpc
 from testbed.errors import RunBrokenError
 
@@ -39,12 +40,14 @@ LOOK_S = 0.1
 
 
 class NodeClient:
-    """A node's Node service."""
+    """A node's Node service. Over TCP `trust` has the run's control certificate; `server_name` is the node's."""
 
-    def __init__(self, origin: Origin, control: str, history: History) -> None:
+    def __init__(
+        self, origin: Origin, control: str, history: History, *, trust: Trust = PLAIN, server_name: str = ""
+    ) -> None:
         self.origin = origin
         self._history = history
-        self._channel = grpc.insecure_channel(control, options=CHANNEL_OPTIONS)
+        self._channel = trust.channel(control, server_name, CHANNEL_OPTIONS)
         self._stub = node_pb2_grpc.NodeStub(self._channel)
         self._watch: Any = None  # a call that is also an iterator of NodeEvent; the stubs know no such type
         self._watcher: threading.Thread | None = None

@@ -156,6 +156,7 @@ class Hosts(Model):
 
     kind: Literal["local"] = "local"
     guest_memory_max: Bytes = 0  # neither host takes a larger guest in; 0: as much as the machine has
+    tls: bool = False  # TLS between local hosts as well, with a certificate authority made for the run
 
 
 class Run(Model):

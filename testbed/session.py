@@ -101,6 +101,7 @@ class Session:
             migration=self._migration,
             attempt=1,
             dest_address=self._hosts.dest.migration_address,
+            dest_server_name=self._hosts.dest.server_name,
             rehearsal=self._scenario.rehearses,
         )
         self._history.note("migration_requested", migration=self._migration, attempt=1)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, Self
 import psutil
 
 from linux_guest.freezer import groups_named
+from testbed.certificates import make_run_authority
 from testbed.errors import RunBrokenError
 from testbed.hosts.command_lines import Places, agent_arguments, node_arguments, write_workloads
 from testbed.hosts.port import SHORT_NAMES, origins_of
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
+    from testbed.certificates import PemFiles
     from testbed.history import History, Origin
     from testbed.hosts.runtime_dir import RuntimeDir
     from testbed.interrupt import Interrupt
@@ -114,7 +116,7 @@ class LocalHost:
     agent: LocalProcess
     client: NodeClient
     migration_address: str
-    server_name: str = ""
+    server_name: str = ""  # of its certificate; "": plain text
     network_pid: int | None = field(default=None, init=False)
     container: None = field(default=None, init=False)
 
@@ -140,6 +142,8 @@ class LocalHosts:
         self._environment = {**os.environ, RUN_LABEL: run_id, RUNTIME_LABEL: str(runtime.path)}
         self._stack = ExitStack()
         self._addresses: dict[Origin, str] = {}
+        self.authority = make_run_authority(run_id, runtime.path / "tls") if scenario.hosts.tls else None
+        self._certificates: dict[Origin, PemFiles] = {}
         self.hosts: dict[Origin, LocalHost] = {}
 
     @property
@@ -174,6 +178,9 @@ class LocalHosts:
         if origin == "source":
             write_workloads(self._scenario, places.workloads)
         stack.callback(self._end_groups)
+        if self.authority is not None:
+            self._certificates[origin] = self.authority.issue(SHORT_NAMES[origin])
+        certificate = self._certificates.get(origin)
         client = NodeClient(origin, places.control, self._history)
         agent = LocalProcess(
             lambda again: self._process(
@@ -186,7 +193,11 @@ class LocalHosts:
             lambda _: self._process(
                 f"{origin}-node",
                 node_arguments(
-                    self._scenario, origin, places, migration_address=self._addresses.get(origin, ANY_PORT)
+                    self._scenario,
+                    origin,
+                    places,
+                    migration_address=self._addresses.get(origin, ANY_PORT),
+                    tls_dir=None if certificate is None else certificate.directory,
                 ),
             ),
             wait_until_ready=lambda: self._wait_until_serving(node, client),
@@ -240,7 +251,9 @@ class LocalHosts:
         )
         # A node that is started again must be found where the first one was.
         self._addresses[origin] = described.migration_address
-        return LocalHost(origin, node, agent, client, described.migration_address)
+        certificate = self._certificates.get(origin)
+        name = "" if certificate is None else certificate.server_name
+        return LocalHost(origin, node, agent, client, described.migration_address, name)
 
     def _wait_until_serving(self, node: LocalProcess, client: NodeClient) -> None:
         try:

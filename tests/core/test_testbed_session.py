@@ -116,7 +116,12 @@ class Bench:
         client.wait_until_serving(10, still_worth_it=lambda: True)
         process = SimpleNamespace(pid=os.getpid(), alive=True, cpu_seconds=lambda: 0.0)
         return SimpleNamespace(
-            origin=node.name, node=process, agent=process, client=client, migration_address="127.0.0.1:1"
+            origin=node.name,
+            node=process,
+            agent=process,
+            client=client,
+            migration_address="127.0.0.1:1",
+            server_name="",
         )
 
     def ends(self, outcome, artefacts=()):

@@ -250,6 +250,7 @@ class Bed:
             "rounds_max": chosen.rounds_max, "bandwidth_bytes_per_second": chosen.bandwidth,
             "downtime_limit_ms": chosen.downtime_limit, "hint_wait_ms": chosen.hint_wait,
             "timeout_ms": chosen.timeout, "on_rounds_max": chosen.on_rounds_max,
+            "dest_server_name": self.hosts.dest.server_name,
         }  # fmt: skip
         address = dest_address or self.hosts.dest.migration_address
         request = node_pb2.MigrateRequest(

@@ -31,7 +31,7 @@ class Restarted:
 
     def kill(self):
         os.kill(self._host.node.pid, signal.SIGKILL)
-        assert self._host.node.wait(WAIT_S)
+        assert self._host.node.current.wait(WAIT_S)
         return self
 
     @property
