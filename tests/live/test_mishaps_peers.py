@@ -15,6 +15,7 @@ from migration.pages import PAGE_BYTES
 from migration.pb import migration_pb2 as pb
 from migration.pb import migration_pb2_grpc
 from testbed.checkers import memory
+from testbed.errors import RunBrokenError
 from testbed.record import load
 from tests.live.liars import LIES, grpc_liar, tcp_liar
 from tests.live.runs import TINY, WRITER, Bed, is_one_line, scenario
@@ -62,9 +63,16 @@ def test_a_tcp_server_that_talks_something_else_is_no_destination(giver, answer)
         assert_failed_in_one_line(giver, giver.migrate(dest_address=address))
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "no.such.host.invalid:9", "nonsense"])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:9", "localhost:nonsense"])
 def test_an_address_where_nobody_is(giver, address):
     assert_failed_in_one_line(giver, giver.migrate(dest_address=address))
+
+
+@pytest.mark.parametrize("address", ["no.such.host.invalid:9", "198.18.0.1:9", "nonsense"])
+def test_an_address_beyond_loopback_is_refused_in_plain_text(giver, address):
+    with pytest.raises(RunBrokenError, match="plain text is for loopback only"):
+        giver.begin(dest_address=address)
+    giver.guest_is_back()
 
 
 def test_a_tcp_server_that_says_nothing_is_given_up_at_the_timeout(giver):

@@ -39,7 +39,7 @@ class Restarted:
         return Path(self._command[self._command.index("--journal") + 1])
 
     def __enter__(self):
-        log = self._host.node.log.open("ab")
+        log = self._host.node.current.log.open("ab")
         self._process = subprocess.Popen(self._command, env=self._environment, stderr=log)
         log.close()
         control = self._command[self._command.index("--control") + 1]
