@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict
 
 from testbed.beats import blackout_ns
+from testbed.predicted import predicted_of
 from virtio.balloon import (
     F_DEFLATE_ON_OOM,
     F_FREE_PAGE_HINT,
@@ -131,6 +132,20 @@ class FaultPart(Part):
     healed_at_ms: float | None
 
 
+class PredictedPart(Part):
+    """What the model said at the end of round 1 (testbed/predicted.py); measured is what the result says."""
+
+    outcome: Literal["completed", "cancelled"]
+    converges: bool
+    rounds: int
+    payload_bytes: int
+    total_ms: float
+    downtime_ms: float
+    reason: str
+    basis: str
+    downtime_estimate_ms: float | None = None  # at the last decision: what sending the rest would take
+
+
 class CpuPart(Part):
     """CPU time from the request to migrate until the outcome."""
 
@@ -172,6 +187,7 @@ class Result(Part):
     faults: list[FaultPart]
     cpu_seconds: CpuPart
     own_memory: MemoryPart
+    predicted: PredictedPart | None = None
     run_dir: str
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -216,6 +232,7 @@ def build(record: RunRecord, judgement: Judgement) -> Result:
         faults=[],
         cpu_seconds=CpuPart.model_validate(_known(CpuPart, _fields(record, "cpu_used"))),
         own_memory=_own_memory(record),
+        predicted=_predicted(record),
         run_dir=str(record.run_dir.path),
     )
 
@@ -267,6 +284,11 @@ def _blackout_ms(record: RunRecord) -> float | None:
     window = (requested.at_ns, ended.at_ns)
     gap_ns = blackout_ns(record.beats["source"], record.beats["dest"], window)
     return None if gap_ns is None else gap_ns / 1e6
+
+
+def _predicted(record: RunRecord) -> PredictedPart | None:
+    foreseen = predicted_of(record)
+    return None if foreseen is None else PredictedPart.model_validate(foreseen)
 
 
 def _own_memory(record: RunRecord) -> MemoryPart:

@@ -15,6 +15,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from testbed.predicted import comparison_line
 from testbed.units import format_bytes, format_ms
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from testbed.checkers import Judgement
     from testbed.compare import Summary
     from testbed.doctor import Checkup
-    from testbed.result import Result
+    from testbed.result import PredictedPart, Result
 
 VERDICT_STYLES: Final = {"valid": "bold green", "invalid": "bold red", "unknown": "bold yellow"}
 REASONS_SHOWN: Final = 8
@@ -113,6 +114,8 @@ def run_report(result: Result) -> RenderableType:
     )
     if result.hints.hinted_pages:
         facts.add_row("hints", _hints(result))
+    if result.predicted is not None:
+        facts.add_row("predicted", _predicted(result.predicted, result))
     facts.add_row("memory", _integrity(result))
     facts.add_row("recorded in", result.run_dir)
     parts: list[RenderableType] = [rounds] if result.rounds else []
@@ -157,6 +160,16 @@ def _complaints(label: str, result: Result) -> Text:
     if len(result.reasons) > REASONS_SHOWN:
         text.append(f"\n  and {len(result.reasons) - REASONS_SHOWN} more, see verdict.json", style="default")
     return text
+
+
+def _predicted(foreseen: PredictedPart, result: Result) -> str:
+    measured = {
+        "rounds": len(result.rounds),
+        "payload_bytes": result.bytes.payload,
+        "total_ms": result.total_ms,
+        "downtime_ms": result.downtime_ms,
+    }
+    return comparison_line(foreseen.model_dump(), measured)
 
 
 def _integrity(result: Result) -> str:

@@ -1,0 +1,63 @@
+"""Predicted against measured: from what round 1 told, with the scenario's own limits."""
+
+from __future__ import annotations
+
+import pytest
+
+from migration.rounds import Limits
+from testbed.migration_keys import Migration, Throttle
+from testbed.predicted import _last_estimate_ms, comparison_line, limits_of, predicted
+
+FIRST = {
+    "round": 1, "sent_pages": 20_000, "dirtied_pages": 4000, "duration_ms": 800.0, "payload_bytes": 20_000 * 4096,
+    "decision": "next_round",
+}  # fmt: skip
+
+
+def test_the_limits_are_the_scenarios():
+    options = Migration(
+        rounds_max=7,
+        downtime_limit=40,
+        timeout=0,
+        bandwidth=0,
+        on_stall="throttle",
+        throttle=Throttle(maximum=80),
+    )
+    found = limits_of(options)
+    assert (found.rounds_max, found.downtime_limit_ms, found.bandwidth) == (7, 40, None)
+    assert found.timeout_ms == float("inf")
+    assert found.throttle is not None
+    assert (found.throttle.start_percent, found.throttle.maximum_percent) == (20, 80)
+
+
+def test_a_prediction_says_what_it_is_made_of():
+    found = predicted(FIRST, 815.0, 100_000, Limits(downtime_limit_ms=50))
+    # 25,000 pages a second; 5000 dirtied a second: 4000 left are 160 ms, 800 and some are 33 ms.
+    assert found["rounds"] == 3
+    assert found["converges"]
+    assert found["payload_bytes"] == pytest.approx(24_820 * 4096, rel=0.01)
+    assert found["basis"].startswith("round 1: 20000 pages in 800.0 ms, 4000 dirtied, ")
+
+
+def test_a_rate_that_the_source_measured_goes_before_one_computed_here():
+    slow = predicted(
+        FIRST | {"rate_bytes_per_s": 1e6}, 815.0, 100_000, Limits(downtime_limit_ms=50, rounds_max=1)
+    )
+    assert slow["downtime_ms"] == pytest.approx(4000 * 4096 / 1e3, rel=0.01)
+
+
+def test_the_estimate_of_the_last_decision_is_the_sources_or_computed_like_it():
+    handover = {"round": 2, "decision": "handover"}
+    assert _last_estimate_ms([FIRST], Limits()) is None
+    assert _last_estimate_ms([FIRST, handover], Limits()) == pytest.approx(160.0)
+    told = FIRST | {"downtime_estimate_ms": 155.5}
+    assert _last_estimate_ms([told, handover], Limits()) == 155.5
+
+
+def test_the_comparison_is_one_line():
+    foreseen = predicted(FIRST, 815.0, 100_000, Limits(downtime_limit_ms=50))
+    measured = {"rounds": 4, "payload_bytes": 97 << 20, "total_ms": 1100.0, "downtime_ms": 61.0}
+    line = comparison_line(foreseen, measured)
+    assert line.startswith("rounds 3 (was 4), payload 97.0 MiB (was 97.0 MiB), ")
+    assert line.endswith(foreseen["basis"])
+    assert "\n" not in line
