@@ -64,6 +64,7 @@ class Intake:
         self._machine = DestMachine()
         self._receiver: PageReceiver | None = None
         self._fresh: HostRam | None = None  # for the attempt that is being opened
+        self._streams = 1  # of that attempt
         self._integrity = "full"
         self._prepare: migration_pb2.PrepareRequest | None = None
         self._restored = False
@@ -83,6 +84,7 @@ class Intake:
         memory_bytes: int,
         integrity: str,
         *,
+        streams: int = 1,
         resume: bool = False,
         link_timeout_ms: int = 0,
     ) -> tuple[str, list[int]]:
@@ -104,6 +106,7 @@ class Intake:
             idle = self._receiver is None or not self._receiver.streaming
             # Made beforehand, so that a host without memory refuses before anything has changed. It is all hole.
             self._fresh = HostRam.create(memory_bytes)
+            self._streams = streams
             try:
                 self._drive(told.OpenRequested(key, memory_bytes, idle, link_timeout_ms=link_timeout_ms))
             finally:
@@ -245,7 +248,8 @@ class Intake:
         match command:
             case do.ReserveMemory(key, memory_bytes):
                 assert self._fresh is not None, "memory is reserved by open alone"
-                self._receiver, self._fresh = PageReceiver(self._fresh, key.attempt), None
+                self._receiver = PageReceiver(self._fresh, key.attempt, streams=self._streams)
+                self._fresh = None
                 self._host.events.add("memory_reserved", memory_bytes=memory_bytes, cpu_seconds=cpu_seconds())
             case do.JoinStreams():
                 return self._join_streams()

@@ -4,21 +4,27 @@ Rule 1: a chunk is stored only if it belongs to this incarnation and attempt, is
         inside RAM, and every page has the hash that came with it; else nothing of it is stored and the stream ends.
 Rule 2: a zero record costs nothing where our page is known zero; where it is not, the page is punched.
 Rule 3: a page that no chunk named is never touched.
-Rule 4: one stream at a time, and `join` returns only when nothing is being stored and nothing can be any more.
+Rule 4: every stream has its own sequence, and its own lock, held while one of its chunks is stored; a chunk with a
+        page of another stream is refused, so that no two streams ever touch the same page, hash or flag.
+Rule 5: a call becomes its stream by its first chunk. `join_streams` returns only when nothing is being stored and
+        nothing of the calls that were open can be any more; new calls go on from `stored_below`. After `join` there
+        are none.
 """
 
 from __future__ import annotations
 
 import threading
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from host.clock import now_ns
 from migration.codec import ZERO_PAGE_HASH, DecodedChunk, decode_chunk, verify
 from migration.errors import RemoteProtocolError
-from migration.pages import mask_runs, pfns_of
+from migration.pages import pfns_of, runs_of
+from migration.partition import check_partition
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,93 +37,126 @@ COMPARED_PAGES = 1 << 16
 
 @dataclass(eq=False, slots=True)
 class PageStreamIn:
-    """One open stream, and how to end its call. `joined`: its connection was lost, nothing of it counts."""
+    """One open call, and how to end it. Its stream is known from its first chunk on.
+
+    `joined`: its connection was lost, nothing of it counts any more.
+    """
 
     cut: Callable[[], object]
     joined: bool = False
+    lane: Lane | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """One stream of the attempt: what of it is stored, and the call that feeds it."""
+
+    index: int
+    stored_below: int = 0
+    call: PageStreamIn | None = None
+    storing: threading.Lock = field(default_factory=threading.Lock)
 
 
 class PageReceiver:
     """One attempt's memory and what is known of it."""
 
-    def __init__(self, ram: HostRam, attempt: int) -> None:
+    def __init__(self, ram: HostRam, attempt: int, *, streams: int = 1) -> None:
         self.ram = ram
         self.incarnation = uuid.uuid4().hex
         self.attempt = attempt
         self.stored_hashes: U64Array = np.zeros(ram.pages, np.uint64)  # 0: never named by a chunk
-        self.stored_chunks = 0
         self._known_zero = np.ones(ram.pages, np.bool_)
-        self._storing = threading.Lock()  # held while one chunk is stored, and for closing
+        self._lanes = [Lane(index) for index in range(streams)]
+        self._open: set[PageStreamIn] = set()
+        self._changing = threading.Lock()  # of `_open`, `_closed`, and which call is whose
         self._closed = False
-        self._stream: PageStreamIn | None = None
+
+    @property
+    def streams(self) -> int:
+        """How many streams the attempt has."""
+        return len(self._lanes)
 
     @property
     def stored_below(self) -> list[int]:
-        """Per stream: every chunk with a lower sequence is stored."""
-        return [self.stored_chunks]
+        """Per stream: chunks with a lower sequence are stored. Final only when the streams are joined."""
+        return [lane.stored_below for lane in self._lanes]
+
+    @property
+    def stored_chunks(self) -> int:
+        """Chunks stored, over all streams."""
+        return sum(self.stored_below)
 
     @property
     def streaming(self) -> bool:
-        """Whether a stream is open."""
-        return self._stream is not None
+        """Whether a call is open."""
+        return bool(self._open)
 
     def begin_stream(self, cut: Callable[[], object]) -> PageStreamIn:
-        """Become the one stream; `cut` ends its call from outside.
+        """A call begins; `cut` ends it from outside. Which stream it is, its first chunk says.
 
         Raises:
-            RemoteProtocolError: there is one, or it is too late for any.
+            RemoteProtocolError: there are as many as there are streams, or it is too late for any.
         """
-        with self._storing:
+        with self._changing:
             if self._closed:
                 raise RemoteProtocolError("this attempt takes no more pages")
-            if self._stream is not None:
-                raise RemoteProtocolError("there is a page stream already")
-            self._stream = PageStreamIn(cut)
-            return self._stream
+            if len(self._open) == len(self._lanes):
+                raise RemoteProtocolError("there is a page stream already", streams=len(self._lanes))
+            stream = PageStreamIn(cut)
+            self._open.add(stream)
+            return stream
 
     def end_stream(self, stream: PageStreamIn) -> None:
         """The stream's call is over; another one may begin. Idempotent."""
-        if self._stream is stream:
-            self._stream = None
+        with self._changing:
+            self._open.discard(stream)
+            if stream.lane is not None and stream.lane.call is stream:
+                stream.lane.call = None
 
     def join_streams(self, timeout_s: float) -> bool:
-        """Cut every stream and wait for the chunk that is being stored; others may begin and go on behind it.
+        """Cut every call and wait for the chunks that are being stored; False when that does not end in time.
 
-        False when a store does not end in time: then this memory cannot be gone on with.
+        Then `stored_below` is final for these calls, and new ones may begin.
         """
-        if not self._storing.acquire(timeout=timeout_s):
-            return False
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            stream.joined = True
-        self._storing.release()
-        if stream is not None:
-            stream.cut()
-        return True
+        with self._changing:
+            calls = list(self._open)
+            self._open.clear()
+            for lane in self._lanes:
+                lane.call = None
+            for call in calls:
+                call.joined = True
+        for call in calls:
+            call.cut()
+        return self._stored(timeout_s)
 
     def join(self, timeout_s: float) -> bool:
-        """Take no more pages; wait for the chunk that is being stored. False when that does not end in time."""
-        self._closed = True
-        if not self._storing.acquire(timeout=timeout_s):
-            return False
-        self._storing.release()
-        return True
+        """Take no more pages; wait for the chunks that are being stored. False when that does not end in time."""
+        with self._changing:
+            self._closed = True
+        return self._stored(timeout_s)
 
     def abandon(self, timeout_s: float) -> bool:
-        """Cut the stream, join it and give the memory back; False when a store does not end in time.
+        """Cut the streams, join them and give the memory back; False when a store does not end in time.
 
         Such a store, should it ever end, writes into memory that nobody else uses: it stays ours until then.
         """
-        self._closed = True
-        if (stream := self._stream) is not None:
-            stream.cut()
-        ended = self.join(timeout_s)
+        with self._changing:
+            self._closed = True
+        ended = self.join_streams(timeout_s)
         if ended:
             self.ram.close()
         return ended
 
+    def _stored(self, timeout_s: float) -> bool:
+        deadline_ns = now_ns() + int(timeout_s * 1e9)
+        for lane in self._lanes:
+            if not lane.storing.acquire(timeout=max(deadline_ns - now_ns(), 0) / 1e9):
+                return False
+            lane.storing.release()
+        return True
+
     def store(self, stream: PageStreamIn, message: bytes) -> DecodedChunk:
-        """Check one chunk of an open stream and store it.
+        """Check one chunk of a call and store it.
 
         Raises:
             RemoteProtocolError: it is not what Rule 1 asks for; nothing of it was stored.
@@ -125,23 +164,41 @@ class PageReceiver:
         """
         chunk = decode_chunk(message, pages=self.ram.pages)
         verify(chunk)
-        with self._storing:
-            if stream.joined:
-                raise RemoteProtocolError("the chunk is of a connection that was given up")
-            self._store(chunk)
+        lane = stream.lane or self._bind(stream, chunk.header.stream)
+        with lane.storing:
+            self._store(stream, lane, chunk)
         return chunk
 
-    def _store(self, chunk: DecodedChunk) -> None:
+    def _bind(self, stream: PageStreamIn, index: int) -> Lane:
+        with self._changing:
+            if not index < len(self._lanes) or self._lanes[index].call is not None:
+                raise RemoteProtocolError("no such page stream, or it is open already", stream=index)
+            if stream not in self._open:
+                raise RemoteProtocolError("the chunk is of a connection that was given up", stream=index)
+            stream.lane = self._lanes[index]
+            stream.lane.call = stream
+            return stream.lane
+
+    def _store(self, stream: PageStreamIn, lane: Lane, chunk: DecodedChunk) -> None:
         header = chunk.header
-        if self._closed or (header.incarnation, header.attempt) != (self.incarnation, self.attempt):
+        if stream.joined:
+            raise RemoteProtocolError("the chunk is of a connection that was given up", stream=lane.index)
+        if (
+            self._closed
+            or lane.call is not stream
+            or (header.incarnation, header.attempt, header.stream)
+            != (self.incarnation, self.attempt, lane.index)
+        ):
             raise RemoteProtocolError("the chunk is of another stream", incarnation=header.incarnation)
-        if header.sequence != self.stored_chunks:
+        if header.sequence != lane.stored_below:
             raise RemoteProtocolError(
-                "chunk out of sequence", expected=self.stored_chunks, sequence=header.sequence
+                "chunk out of sequence", expected=lane.stored_below, sequence=header.sequence
             )
+        for first, count in ((chunk.run_first, chunk.run_pages), (chunk.zero_first, chunk.zero_pages)):
+            check_partition(first, count, stream=lane.index, streams=len(self._lanes))
         self._store_data(chunk)
         self._store_zero(chunk)
-        self.stored_chunks += 1
+        lane.stored_below += 1
 
     def _store_data(self, chunk: DecodedChunk) -> None:
         if not chunk.data_page_count:
@@ -163,9 +220,7 @@ class PageReceiver:
         stale = pfns[~self._known_zero[pfns]]
         if not len(stale):
             return
-        mask = np.zeros(self.ram.pages, np.bool_)
-        mask[stale] = True
-        for first, count in zip(*(column.tolist() for column in mask_runs(mask)), strict=True):
+        for first, count in zip(*(column.tolist() for column in runs_of(stale)), strict=True):
             self.ram.punch(first, count)
         self._known_zero[stale] = True
 

@@ -4,7 +4,7 @@ Rule 1: a peer's mistake is INVALID_ARGUMENT or FAILED_PRECONDITION with one lin
         RESOURCE_EXHAUSTED. Nothing a peer sends ends this process.
 Rule 2: a page stream that ends otherwise than by the source's half-close is told to the intake, once, whatever
         state its generator is in.
-Rule 3: the page stream acknowledges every ACK_EVERY chunks, and at once when a chunk carries no pages.
+Rule 3: the page streams together acknowledge every ACK_EVERY chunks, and at once when a chunk carries no pages.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from host.errors import AgentError, AgentLost, HostError, JournalConflict
 from migration.errors import ProtocolError, RemoteProtocolError
 from migration.identity import AttemptKey
 from migration.pages import PAGE_BYTES
+from migration.partition import STREAMS_MAX
 from migration.pb import migration_pb2
 
 if TYPE_CHECKING:
@@ -54,10 +55,14 @@ class MigrationServicer:
                 raise RemoteProtocolError("no guest has such a memory", memory_bytes=size)
             if request.integrity not in INTEGRITY:
                 raise RemoteProtocolError("unknown integrity", integrity=request.integrity)
+            streams = request.streams or 1
+            if streams > STREAMS_MAX:
+                raise RemoteProtocolError("too many streams", streams=streams, streams_max=STREAMS_MAX)
             incarnation, stored_below = self._intake.open(
                 key_of(request.id),
                 size,
                 request.integrity,
+                streams=streams,
                 resume=request.resume,
                 link_timeout_ms=request.link_timeout_ms,
             )
@@ -142,13 +147,14 @@ class MigrationServicer:
     def _store(
         receiver: PageReceiver, stream: PageStreamIn, messages: Iterator[bytes]
     ) -> Iterator[migration_pb2.ChunkAck]:
-        acknowledged = receiver.stored_chunks
+        every = max(ACK_EVERY // receiver.streams, 1)
+        unanswered = 0
         for message in messages:
             chunk = receiver.store(stream, message)
-            wanted = not chunk.data_page_count and not chunk.zero_page_count
-            if wanted or receiver.stored_chunks - acknowledged == ACK_EVERY:
-                acknowledged = receiver.stored_chunks
-                yield migration_pb2.ChunkAck(stored_below=acknowledged)
+            unanswered += 1
+            if unanswered == every or not (chunk.data_page_count or chunk.zero_page_count):
+                unanswered = 0
+                yield migration_pb2.ChunkAck(stored_below=chunk.header.sequence + 1)
 
 
 def register(servicer: MigrationServicer, server: grpc.Server) -> None:

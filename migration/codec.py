@@ -45,8 +45,8 @@ MESSAGE_BYTES_MAX = CHUNK_PAGES_MAX * PAGE_BYTES + SMALL_FIELDS_BYTES_MAX + 4096
 ZERO_PAGE_HASH = xxhash.xxh3_64_intdigest(bytes(PAGE_BYTES))
 
 # chunk_hash covers: this head, the incarnation, then the five lists as little-endian arrays (rule 4).
-HASH_HEAD = struct.Struct("<IIIQIII")
-assert HASH_HEAD.size == 32
+HASH_HEAD = struct.Struct("<IIIIQIII")
+assert HASH_HEAD.size == 36
 
 NO_PFNS: U64Array = np.empty(0, np.uint64)
 NO_COUNTS: U32Array = np.empty(0, np.uint32)
@@ -62,12 +62,13 @@ assert DATA_TAG < 0x80, "these tags are one byte each"
 
 @dataclass(frozen=True, slots=True)
 class ChunkHeader:
-    """Which chunk this is; attempts and rounds count from 1, the sequence from 0 over the attempt."""
+    """Which chunk this is; attempts and rounds count from 1, streams from 0, and so each stream's sequence."""
 
     incarnation: str
     attempt: int
     round_index: int
     sequence: int
+    stream: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,6 +131,7 @@ def chunk_hash(  # noqa: PLR0917 - the message's fields, in its order
         len(incarnation),
         header.attempt,
         header.round_index,
+        header.stream,
         header.sequence,
         run_first.size,
         zero_first.size,
@@ -190,7 +192,8 @@ class ChunkHead:
             zero_pages=zero_pages.tolist(),
         ).SerializeToString()
         self._hashes_prefix = _prefix(HASHES_TAG, data_pages * 8)
-        self._data_prefix = _prefix(DATA_TAG, data_pages * PAGE_BYTES)
+        stream = PageChunk(stream=header.stream).SerializeToString()  # numbered after the chunk's hash
+        self._data_prefix = stream + _prefix(DATA_TAG, data_pages * PAGE_BYTES)
         self.data_pages = data_pages
         self.size = (
             len(self._fields)
@@ -247,7 +250,7 @@ def decode_chunk(message: bytes, *, pages: int) -> DecodedChunk:
         RemoteProtocolError: anything at all is wrong with it.
     """
     chunk, data = _parse(message)
-    header = ChunkHeader(chunk.incarnation, chunk.attempt, chunk.round, chunk.sequence)
+    header = ChunkHeader(chunk.incarnation, chunk.attempt, chunk.round, chunk.sequence, chunk.stream)
     if (
         len(header.incarnation.encode()) > INCARNATION_BYTES_MAX
         or not header.attempt

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from migration.identity import AttemptKey
+    from source_node.page_reader import PageReader
 
 OPEN_TIMEOUT_S = 10.0  # reserving is bookkeeping; zeroing a failed attempt's 8 GiB takes about a second
 PREPARE_TIMEOUT_S = 120.0  # integrity full hashes all of RAM, several GiB a second
@@ -78,19 +79,22 @@ class Destination:
         self._channel = trust.channel(address, server_name, CHANNEL_OPTIONS)
         self._stub = migration_pb2_grpc.MigrationStub(self._channel)
 
-    def open(self, memory_bytes: int, integrity: str) -> None:
+    def open(self, memory_bytes: int, integrity: str, streams: int) -> None:
         """-> DestinationOpened or PeerLost."""
         request = migration_pb2.OpenRequest(
             id=id_message(self._key),
             memory_bytes=memory_bytes,
             page_bytes=PAGE_BYTES,
             integrity=integrity,
+            streams=streams,
         )
         self._call(self._stub.Open, request, OPEN_TIMEOUT_S, self._opened)
 
-    def page_stream(self, listener: StreamListener, *, bytes_per_second: float | None) -> PageStream:
-        """The stream of this attempt."""
-        return PageStream(self._channel, listener, bytes_per_second=bytes_per_second)
+    def page_stream(
+        self, listener: StreamListener, reader: PageReader, *, streams: int, bytes_per_second: float | None
+    ) -> PageStream:
+        """The streams of this attempt."""
+        return PageStream(self._channel, listener, reader, streams=streams, bytes_per_second=bytes_per_second)
 
     def prepare(self, request: migration_pb2.PrepareRequest) -> None:
         """-> PrepareAnswered or PeerLost."""

@@ -31,7 +31,7 @@ class Order:
     hint_wait_ms: int
     limits: Limits
     rehearsal: bool = False
-    streams: int = 0  # 0: chosen from the cores
+    streams: int = 1  # of pages
     compression: str = "none"
     delta_cache_bytes: int = 0  # 0: no deltas
     dest_server_name: str = ""  # of the destination's certificate; "": plain text

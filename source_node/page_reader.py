@@ -33,21 +33,29 @@ if TYPE_CHECKING:
     from migration.pages import BoolArray, U8Array, U32Array, U64Array
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class OutgoingChunk:
-    """One message, ready for the stream."""
+    """One message, ready for the stream; `pfns` are its pages, ascending, data and zero alike."""
 
     message: bytes
     data_pages: int
     zero_pages: int
+    pfns: U64Array
+
+
+@dataclass(slots=True)
+class ChunkNumbers:
+    """How one stream numbers its chunks."""
+
+    stream: int
+    next_sequence: int = 0
 
 
 class PageReader:
-    """Reads one guest's RAM for one attempt. Used by one thread."""
+    """Reads one guest's RAM for one attempt. Thread-safe as long as no two threads read the same page at a time."""
 
     def __init__(self, ram: HostRam, *, incarnation: str, attempt: int, detects_zero: bool) -> None:
         self.sent_hashes = np.zeros(ram.pages, np.uint64)
-        self.chunks = 0
         self._ram = ram
         self._incarnation = incarnation
         self._attempt = attempt
@@ -59,27 +67,31 @@ class PageReader:
         if self._detects_zero:
             self._holes = ~self._ram.populated()
 
-    def chunks_of(self, round_index: int, pfns: U64Array) -> Iterator[OutgoingChunk]:
-        """The chunks that carry these pages (ascending), each at most CHUNK_PAGES_MAX data pages."""
+    def chunks_of(self, numbers: ChunkNumbers, round_index: int, pfns: U64Array) -> Iterator[OutgoingChunk]:
+        """The chunks that carry these pages (ascending), each at most CHUNK_PAGES_MAX data pages.
+
+        Each is read, and takes its number, when it is asked for.
+        """
         if self._holes is not None and round_index == 1:
             holes = self._holes[pfns]
             if holes.any():
-                yield self._zero_chunk(round_index, pfns[holes])
+                yield self._zero_chunk(numbers, round_index, pfns[holes])
                 pfns = pfns[~holes]
         for start in range(0, len(pfns), CHUNK_PAGES_MAX):
-            yield self._data_chunk(round_index, pfns[start : start + CHUNK_PAGES_MAX])
+            yield self._data_chunk(numbers, round_index, pfns[start : start + CHUNK_PAGES_MAX])
 
-    def marker(self, round_index: int) -> OutgoingChunk:
+    def marker(self, numbers: ChunkNumbers, round_index: int) -> OutgoingChunk:
         """A chunk without pages: it asks for an acknowledgement at once."""
-        return self._chunk(round_index, _NO_PFNS, _NO_PFNS, _NO_DATA)
+        return self._zero_chunk(numbers, round_index, _NO_PFNS)
 
-    def _zero_chunk(self, round_index: int, pfns: U64Array) -> OutgoingChunk:
-        return self._chunk(round_index, _NO_PFNS, pfns, _NO_DATA)
+    def _zero_chunk(self, numbers: ChunkNumbers, round_index: int, pfns: U64Array) -> OutgoingChunk:
+        return self._chunk(self._header(numbers, round_index), pfns, _NO_MASK, _NO_DATA)
 
-    def _data_chunk(self, round_index: int, pfns: U64Array) -> OutgoingChunk:
+    def _data_chunk(self, numbers: ChunkNumbers, round_index: int, pfns: U64Array) -> OutgoingChunk:
         """The pages are read into their place in the message, which is right unless one of them turns out zero."""
         run_first, run_pages, where = _runs(pfns)
-        head = ChunkHead(self._header(round_index), run_first, run_pages, _NO_PFNS, _NO_COUNTS)
+        header = self._header(numbers, round_index)
+        head = ChunkHead(header, run_first, run_pages, _NO_PFNS, _NO_COUNTS)
         message = BytesIO()
         message.seek(head.size + len(pfns) * PAGE_BYTES - 1)
         message.write(b"\0")
@@ -89,32 +101,33 @@ class PageReader:
                 zero = zero_pages_mask(pages)
                 if zero.any():
                     data = np.frombuffer(pages, np.uint8).reshape(-1, PAGE_BYTES)[~zero]
-                    return self._chunk(round_index, pfns[~zero], pfns[zero], data)
+                    return self._chunk(header, pfns, ~zero, data)
             hashes = page_hashes(pages)
             whole[: head.size] = head.to_bytes(hashes)
         self.sent_hashes[where] = hashes
-        self.chunks += 1
-        return OutgoingChunk(message.getvalue(), len(pfns), 0)
+        return OutgoingChunk(message.getvalue(), len(pfns), 0, pfns)
 
-    def _header(self, round_index: int) -> ChunkHeader:
-        return ChunkHeader(self._incarnation, self._attempt, round_index, self.chunks)
+    def _header(self, numbers: ChunkNumbers, round_index: int) -> ChunkHeader:
+        sequence = numbers.next_sequence
+        numbers.next_sequence += 1
+        return ChunkHeader(self._incarnation, self._attempt, round_index, sequence, numbers.stream)
 
-    def _chunk(self, round_index: int, pfns: U64Array, zero_pfns: U64Array, data: U8Array) -> OutgoingChunk:
-        run_first, run_pages, where = _runs(pfns)
+    def _chunk(self, header: ChunkHeader, pfns: U64Array, is_data: BoolArray, data: U8Array) -> OutgoingChunk:
+        """The message of pages of which some (`is_data`; none of them when it is empty) have `data`."""
+        data_pfns, zero_pfns = (pfns[is_data], pfns[~is_data]) if is_data.size else (_NO_PFNS, pfns)
+        run_first, run_pages, where = _runs(data_pfns)
         zero_first, zero_pages, zero_where = _runs(zero_pfns)
         hashes = page_hashes(data)
-        message = encode_chunk(
-            self._header(round_index), run_first, run_pages, zero_first, zero_pages, hashes, data
-        )
+        message = encode_chunk(header, run_first, run_pages, zero_first, zero_pages, hashes, data)
         self.sent_hashes[where] = hashes
         self.sent_hashes[zero_where] = ZERO_PAGE_HASH
-        self.chunks += 1
-        return OutgoingChunk(message, len(pfns), len(zero_pfns))
+        return OutgoingChunk(message, len(data_pfns), len(zero_pfns), pfns)
 
 
 _NO_PFNS: U64Array = np.empty(0, np.uint64)
 _NO_COUNTS: U32Array = np.empty(0, np.uint32)
 _NO_DATA: U8Array = np.empty(0, np.uint8)
+_NO_MASK: BoolArray = np.empty(0, np.bool_)
 
 
 def _runs(pfns: U64Array) -> tuple[U64Array, U32Array, slice | U64Array]:

@@ -1,200 +1,248 @@
-"""The page stream: one bidirectional gRPC call, chunks out, cumulative acknowledgements in.
+"""The page streams of one attempt, as one: pages in, who is told what became of them out.
 
-Rule 1: messages are bytes already (identity serialiser); nothing here looks into them.
-Rule 2: one thread, gRPC's own that takes the messages, reads the pages, at the moment when one more chunk may go,
-        and takes the acknowledgements, when the window asks for them. Every further thread costs a hand-over of
-        the interpreter per chunk: half a CPU-second per GiB for one that reads pages, a tenth of that for one
-        that waits for acknowledgements, because gRPC wakes it at every message that was sent.
-Rule 3: what is not acknowledged is bounded by WINDOW_CHUNKS; bandwidth, if limited, is kept chunk by chunk.
-Rule 4: whatever ends the call before `close` is told once, through `stream_lost`, in one line.
+Rule 1: pages are partitioned by migration/partition.py, so that the order between streams never matters.
+Rule 2: what is not acknowledged is bounded by WINDOW_CHUNKS over all streams; the bandwidth, if limited, is theirs
+        together.
+Rule 3: whatever ends a stream before `close` ends them all, and is told once, through `stream_lost`, in one line.
+        `refused` says that the destination answered; otherwise the connection went, and may come back.
+Rule 4: after a loss everything waits. `resume` opens the streams again, sends again what the destination has not
+        stored, and goes on where they stood: every batch that was given is told as it would have been.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
-import grpc
+import numpy as np
 
-from host.clock import now_ns
 from migration.errors import RemoteProtocolError
 from migration.events import PagesSent
 from migration.pages import PAGE_BYTES
-from migration.pb import migration_pb2
-from source_node.page_reader import OutgoingChunk
+from migration.partition import STREAMS_MAX, pages_by_stream
+from source_node.pacer import Pacer
+from source_node.page_lane import Marker, PageLane, Part, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Sequence
 
-METHOD = "/ballast.v1.Migration/Pages"
+    import grpc
+
+    from migration.pages import U64Array
+    from source_node.page_reader import PageReader
+
+__all__ = ["PageStream", "StreamListener", "default_streams", "one_line"]
+
 WINDOW_CHUNKS = 64  # 64 MiB at most between guest RAM and the destination's; it acknowledges every 16
 # An error of the destination shows when the acknowledgements before it were taken: at 64 chunks that would be
 # half a minute of a stream limited to 20 Mbit/s. Such a stream has far fewer than these on the way.
 LIMITED_WINDOW_CHUNKS = 24
-GRPC_PREFIX_BYTES = 5  # compressed flag and length before every gRPC message
+
+
+def default_streams(cores: int) -> int:
+    """How many streams a host with so many cores opens: a stream keeps about one core of its host busy."""
+    return min(max(cores, 1), 4)
 
 
 class StreamListener(Protocol):
-    """Who is told; from the stream's own threads."""
+    """Who is told; from the streams' own threads."""
 
     def pages_sent(self, sent: PagesSent) -> None:
-        """A batch was read; its last chunk is on its way to gRPC."""
+        """A batch was read; its last chunks are on their way to gRPC."""
 
     def all_acknowledged(self) -> None:
         """What `await_acknowledgements` asked for."""
 
-    def stream_lost(self, reason: str) -> None:
-        """The call ended, and not because we closed it; or pages could not be read."""
+    def stream_lost(self, reason: str, *, refused: bool) -> None:
+        """A call ended, and not because we closed it; or pages could not be read.
+
+        `refused`: the destination said no, or talks nonsense, or this host failed; nothing can go on. Otherwise the
+        connection is lost: `resume` or `cancel` is what may follow.
+        """
 
 
 class PageStream:
-    """One attempt's stream. `send`, `await_acknowledgements`, `close`, `cancel` by one thread."""
+    """All streams of one attempt. Its methods are called by one thread.
+
+    Raises:
+        ValueError: so many streams cannot be.
+    """
 
     def __init__(
-        self, channel: grpc.Channel, listener: StreamListener, *, bytes_per_second: float | None
+        self,
+        channel: grpc.Channel,
+        listener: StreamListener,
+        reader: PageReader,
+        *,
+        streams: int,
+        bytes_per_second: float | None,
     ) -> None:
-        self.sent_chunks = 0
-        self.grpc_bytes = 0
-        self.batch_sent = PagesSent(0, 0, 0)  # of the batch under way, for progress
+        if not 0 < streams <= STREAMS_MAX:
+            raise ValueError(f"{streams} page streams: 1 to {STREAMS_MAX} are possible")
         self._listener = listener
-        self._bytes_per_second = bytes_per_second
-        self._window_chunks = WINDOW_CHUNKS if bytes_per_second is None else LIMITED_WINDOW_CHUNKS
-        self._paced_until_ns = 0
-        self._changed = threading.Condition()
-        self._stored_below = 0
+        self._pacer = Pacer(bytes_per_second) if bytes_per_second is not None else None
+        window_chunks = WINDOW_CHUNKS if bytes_per_second is None else LIMITED_WINDOW_CHUNKS
+        self._lock = threading.Lock()
         self._closing = False
-        self._ended = False
-        self._batches: queue.SimpleQueue[Iterable[OutgoingChunk] | OutgoingChunk | None] = queue.SimpleQueue()
-        pages: grpc.StreamStreamMultiCallable[bytes, migration_pb2.ChunkAck] = channel.stream_stream(
-            METHOD,
-            request_serializer=None,
-            response_deserializer=migration_pb2.ChunkAck.FromString,
-        )
-        self._call = pages(self._requests())
-        if not self._call.add_callback(self._call_ended):
-            self._call_ended()
+        self._lost = False
+        self._parts: list[Part] = []  # of the batch under way
+        self._parts_unread = 0
+        self._lanes_unacknowledged = 0
+        self._lanes = [
+            PageLane(
+                index,
+                channel,
+                self,
+                reader,
+                pacer=self._pacer,
+                window_chunks=max(window_chunks // streams, 1),
+            )
+            for index in range(streams)
+        ]
+        for lane in self._lanes:
+            lane.open()
 
-    def send(self, batch: Iterable[OutgoingChunk]) -> None:
-        """Read and send these chunks, lazily -> pages_sent."""
-        self._batches.put(batch)
-
-    def await_acknowledgements(self, marker: OutgoingChunk) -> None:
-        """Send a chunk that asks for an acknowledgement, and wait for it -> all_acknowledged."""
-        self._batches.put(marker)
-
-    def close(self, timeout_s: float) -> bool:
-        """Half-close and wait until the destination ended the call; False when it did not in time."""
-        with self._changed:
-            self._closing = True
-        self._batches.put(None)
-        with self._changed:
-            return self._changed.wait_for(lambda: self._ended, timeout_s)
-
-    def cancel(self) -> None:
-        """Give the call up. Idempotent."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        self._batches.put(None)
-        self._call.cancel()
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended)
-
-    # -- gRPC's sending thread -----------------------------------------------------------------
-
-    def _requests(self) -> Iterator[bytes]:
-        while (batch := self._batches.get()) is not None:
-            try:
-                if isinstance(batch, OutgoingChunk):
-                    yield from self._messages((batch,))
-                    self._await_all()
-                else:
-                    yield from self._messages(batch)
-            except Exception as error:
-                # gRPC would only log it: the migration has to hear of it, and of the call's end no more.
-                self._closing = True
-                blamed = "page stream" if isinstance(error, RemoteProtocolError) else "pages cannot be read"
-                self._listener.stream_lost(f"{blamed}: {type(error).__name__}: {error}")
-                raise
-
-    def _messages(self, batch: Iterable[OutgoingChunk]) -> Iterator[bytes]:
-        """The messages of a batch.
-
-        That it is read is told before its last chunk goes, so that the next batch is here when gRPC asks for it:
-        a stream that waits for its next batch stands still.
-        """
-        data_pages = zero_pages = 0
-        chunks = iter(batch)
-        chunk = next(chunks, None)
-        while chunk is not None:
-            if not self._wait_for_turn(len(chunk.message)):
-                return
-            self.sent_chunks += 1
-            self.grpc_bytes += len(chunk.message) + GRPC_PREFIX_BYTES
-            data_pages += chunk.data_pages
-            zero_pages += chunk.zero_pages
-            self.batch_sent = PagesSent(data_pages, zero_pages, data_pages * PAGE_BYTES)
-            message, chunk = chunk.message, next(chunks, None)
-            if chunk is None and (data_pages or zero_pages):
-                sent, self.batch_sent = self.batch_sent, PagesSent(0, 0, 0)  # from here on the ledger has it
-                self._listener.pages_sent(sent)
-            yield message
-
-    def _wait_for_turn(self, message_bytes: int) -> bool:
-        """Wait for room in the window and for the bandwidth's next slot; False when the stream is over."""
-        if not self._acknowledged(self._window_chunks - 1):
-            return False
-        if self._bytes_per_second is not None:
-            with self._changed:
-                while not self._over and (ahead_ns := self._paced_until_ns - now_ns()) > 0:
-                    self._changed.wait(ahead_ns / 1e9)
-            cost_ns = int(message_bytes * 1e9 / self._bytes_per_second)
-            self._paced_until_ns = max(self._paced_until_ns, now_ns()) + cost_ns
-        return not self._over
+    # -- figures -------------------------------------------------------------------------------
 
     @property
-    def _over(self) -> bool:
-        return self._closing or self._ended
+    def streams(self) -> int:
+        """How many there are."""
+        return len(self._lanes)
 
-    def _await_all(self) -> None:
-        if self._acknowledged(0):
-            self._listener.all_acknowledged()
+    @property
+    def sent_chunks(self) -> int:
+        """Chunks of the attempt: what the destination must have stored in the end."""
+        return sum(lane.sent for lane in self._lanes)
 
-    def _acknowledged(self, outstanding_max: int) -> bool:
-        """Take acknowledgements until no more chunks than this are without; False when the stream is over."""
-        try:
-            while not self._over and self.sent_chunks - self._stored_below > outstanding_max:
-                ack = next(self._call, None)
-                if ack is None:
-                    return False
-                if not self._stored_below <= ack.stored_below <= self.sent_chunks:
-                    raise RemoteProtocolError(
-                        "an acknowledgement that cannot be", stored=ack.stored_below, sent=self.sent_chunks
-                    )
-                self._stored_below = ack.stored_below
-        except grpc.RpcError:
-            # gRPC calls back when the connection has ended the call, too: an answer that is no message ends it here
-            # alone, and would be noticed when keepalive gives the connection up.
-            self._call_ended()
-            return False
-        return not self._over
+    @property
+    def messages(self) -> int:
+        """Messages given to gRPC, those included that were lost."""
+        return sum(lane.messages for lane in self._lanes)
 
-    def _call_ended(self) -> None:
-        """The call has a status. Told by gRPC, and by whoever finds out earlier."""
-        with self._changed:
-            expected, self._ended = self._closing or self._ended, True
-            self._changed.notify_all()
-        if expected:
-            return
-        if self._call.code() is grpc.StatusCode.OK:
-            self._listener.stream_lost("the destination ended the page stream")
-        else:
-            self._listener.stream_lost(f"page stream: {one_line(self._call)}")
+    @property
+    def grpc_bytes(self) -> int:
+        """Bytes of these messages, with gRPC's prefix."""
+        return sum(lane.grpc_bytes for lane in self._lanes)
+
+    @property
+    def resent_pages(self) -> int:
+        """Pages that went again because the connection was lost."""
+        return sum(lane.resent_pages for lane in self._lanes)
+
+    @property
+    def batch_sent(self) -> PagesSent:
+        """What of the batch under way is read, for progress."""
+        return _sum_of(self._parts)
+
+    def measured(self, wire_bytes: int) -> None:
+        """So many bytes the kernel counted on this attempt's connections: the bandwidth limit learns from it."""
+        if self._pacer is not None:
+            self._pacer.measured(self.grpc_bytes, wire_bytes)
+
+    # -- sending -------------------------------------------------------------------------------
+
+    def send(self, round_index: int, pfns: U64Array) -> None:
+        """Read and send these pages (ascending, not empty) -> pages_sent, before which no other batch may come."""
+        by_stream = [(lane, Part(round_index, part)) for lane, part in self._shares(pfns) if len(part)]
+        with self._lock:
+            assert not self._parts_unread, "one batch at a time"
+            self._parts = [part for _, part in by_stream]
+            self._parts_unread = len(by_stream)
+        for lane, part in by_stream:
+            lane.put(part)
+
+    def _shares(self, pfns: U64Array) -> list[tuple[PageLane, U64Array]]:
+        return list(zip(self._lanes, pages_by_stream(pfns, len(self._lanes)), strict=True))
+
+    def await_acknowledgements(self, round_index: int) -> None:
+        """Ask for an acknowledgement of everything, and wait for it -> all_acknowledged."""
+        # One stream is asked in any case: that it answers shows that the destination is there.
+        asked = [lane for lane in self._lanes if lane is self._lanes[0] or lane.busy]
+        with self._lock:
+            self._lanes_unacknowledged = len(asked)
+        for lane in asked:
+            lane.put(Marker(round_index))
+
+    def resume(self, stored_below: Sequence[int]) -> U64Array:
+        """Go on after a loss, once the destination has said what of each stream it has stored.
+
+        The pages of chunks that it has not stored are read and sent again, before anything else; they were told as
+        sent already and are not told again. Batches and `await_acknowledgements` under way are told as ever.
+
+        Returns:
+            These pages, ascending. A delta of them starts from nothing.
+
+        Raises:
+            RemoteProtocolError: the destination cannot have stored that.
+        """
+        assert self._lost, "nothing was lost"
+        if len(stored_below) != len(self._lanes):
+            raise RemoteProtocolError(
+                "another number of streams", ours=len(self._lanes), theirs=len(stored_below)
+            )
+        for lane in self._lanes:
+            lane.cancel()
+        lost = [lane.rewind(below) for lane, below in zip(self._lanes, stored_below, strict=True)]
+        with self._lock:
+            self._lost = False
+        for lane in self._lanes:
+            lane.open()
+        return np.sort(np.concatenate(lost))
+
+    def close(self, timeout_s: float) -> bool:
+        """Half-close and wait until the destination ended the calls; False when it did not in time."""
+        self._end()
+        return all(lane.wait_ended(timeout_s) for lane in self._lanes)
+
+    def cancel(self) -> None:
+        """Give the calls up. Idempotent."""
+        self._end()
+        for lane in self._lanes:
+            lane.cancel()
+        for lane in self._lanes:
+            lane.wait_ended(None)
+
+    def _end(self) -> None:
+        with self._lock:
+            self._closing = True
+        for lane in self._lanes:
+            lane.wake()
+
+    # -- told by the streams -------------------------------------------------------------------
+
+    @property
+    def over(self) -> bool:
+        """Whether no stream may send."""
+        return self._closing or self._lost
+
+    def part_read(self, _part: Part) -> None:
+        """One stream's part of the batch under way is in chunks."""
+        with self._lock:
+            self._parts_unread -= 1
+            if self._parts_unread:
+                return
+            sent, self._parts = _sum_of(self._parts), []  # from here on the ledger has it
+        self._listener.pages_sent(sent)
+
+    def lane_acknowledged(self) -> None:
+        """One stream's chunks are all stored."""
+        with self._lock:
+            self._lanes_unacknowledged -= 1
+            if self._lanes_unacknowledged:
+                return
+        self._listener.all_acknowledged()
+
+    def lane_lost(self, reason: str, *, refused: bool) -> None:
+        """One stream ended: they all end."""
+        with self._lock:
+            if self._closing or self._lost:
+                return
+            self._lost = True
+        for lane in self._lanes:
+            lane.wake()
+        self._listener.stream_lost(reason, refused=refused)
 
 
-def one_line(error: grpc.RpcError | grpc.Call) -> str:
-    """Status and details of a failed call, as one line for a person."""
-    # Every RpcError of a call that was made is its grpc.Call too; the type stubs do not say so.
-    call = cast("Any", error)
-    return f"{call.code().name.lower().replace('_', ' ')}: {' '.join((call.details() or '').split())}"
+def _sum_of(parts: list[Part]) -> PagesSent:
+    data_pages = sum(part.data_pages for part in parts)
+    return PagesSent(data_pages, sum(part.zero_pages for part in parts), data_pages * PAGE_BYTES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,12 @@ from host.roles import RoleRefused
 from host.trackers import choose
 from migration.events import Skip
 from migration.identity import AttemptKey
+from migration.partition import STREAMS_MAX
 from migration.rounds import Limits
 from source_node.destination import Destination
 from source_node.migration_run import MigrationRun
 from source_node.order import Order, compression_of, limits_of
+from source_node.page_stream import default_streams
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -173,8 +176,8 @@ class SourceRole:
             rehearsal=request.rehearsal,
             integrity=request.integrity,
             hint_wait_ms=request.hint_wait_ms,
+            streams=_streams(request.streams),
             unsafe_clear_dirty_log_at_hint=request.unsafe_clear_dirty_log_at_hint,
-            streams=request.streams,
             compression=compression_of(request),
             delta_cache_bytes=request.delta_cache_bytes,
             limits=limits_of(request),
@@ -185,3 +188,11 @@ def _peer_in(detail: str) -> tuple[str, str]:
     """(address, server name) as Order.peer wrote them."""
     address, _, server_name = detail.partition(" ")
     return address, server_name
+
+
+def _streams(requested: int) -> int:
+    if requested > STREAMS_MAX:
+        raise ValueError(
+            f"{requested} page streams: 1 to {STREAMS_MAX} are possible, or 0 to have them chosen"
+        )
+    return requested or default_streams(len(os.sched_getaffinity(0)))

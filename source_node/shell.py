@@ -135,7 +135,7 @@ class SourceShell:
         """Everything sent is stored."""
         self._post(told.AllAcknowledged())
 
-    def stream_lost(self, reason: str) -> None:
+    def stream_lost(self, reason: str, *, refused: bool) -> None:
         """No more pages can go."""
         self._post(told.PeerLost(reason))
 
@@ -180,11 +180,10 @@ class SourceShell:
             case do.DisarmTimer(timer):
                 self.timers.pop(timer, None)
             case do.SendPages(round_index, pfns):
-                self._pages.send(self._ram_reader.chunks_of(round_index, pfns))
+                self._pages.send(round_index, pfns)
             case do.AwaitAcknowledgements():
                 round_set = self._machine.round_set
-                marker = self._ram_reader.marker(round_set.index if round_set else 0)
-                self._pages.await_acknowledgements(marker)
+                self._pages.await_acknowledgements(round_set.index if round_set else 0)
             case do.PauseGuest():
                 self._pause()
             case do.SaveGuest(rehearsal):
@@ -231,7 +230,7 @@ class SourceShell:
 
     def _open(self, key: AttemptKey) -> None:
         self._destination = self._peer_of(key)
-        self._destination.open(self._ram.memory_bytes, self._order.integrity)
+        self._destination.open(self._ram.memory_bytes, self._order.integrity, self._order.streams)
 
     def _start_tracking(self) -> None:
         self.wire.start()
@@ -241,7 +240,9 @@ class SourceShell:
             attempt=self._order.key.attempt,
             detects_zero=self._order.skip.detects_zero,
         )
-        self.stream = self._peer.page_stream(self, bytes_per_second=self._order.limits.bandwidth)
+        self.stream = self._peer.page_stream(
+            self, self._reader, streams=self._order.streams, bytes_per_second=self._order.limits.bandwidth
+        )
         log_, scanner = self._host.device_log, self._host.guest.scanner
         if self._order.tracker == "uffd":
             assert scanner is not None, "the tracker was probed when the order was checked"

@@ -36,6 +36,7 @@ class WireAccount:
             "wire_bytes": wire.tx_bytes - self._last.tx_bytes,
         }
         self._last, self._grpc_bytes = wire, grpc_bytes
+        stream.measured(wire.tx_bytes)
         self.payload_bytes = ledger.payload_bytes
         return fields
 
@@ -52,7 +53,7 @@ class WireAccount:
             "wire_rx": wire.rx_bytes,
             "wire_source": "tcp_info",
             "retransmitted": wire.retransmitted_bytes,
-            "messages": stream.sent_chunks if stream is not None else 0,
+            "messages": stream.messages if stream is not None else 0,
         }
 
     def _sample(self) -> WireCount:

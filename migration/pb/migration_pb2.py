@@ -24,15 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmigration/pb/migration.proto\x12\nballast.v1\"D\n\tAttemptId\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0bguest_epoch\x18\x03 \x01(\x04\"\xa7\x01\n\x0bOpenRequest\x12!\n\x02id\x18\x01 \x01(\x0b\x32\x15.ballast.v1.AttemptId\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x12\n\npage_bytes\x18\x03 \x01(\r\x12\x11\n\tintegrity\x18\x04 \x01(\t\x12\x0f\n\x07streams\x18\x05 \x01(\r\x12\x0e\n\x06resume\x18\x06 \x01(\x08\x12\x17\n\x0flink_timeout_ms\x18\x07 \x01(\r\"6\n\tOpenReply\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x14\n\x0cstored_below\x18\x02 \x03(\x04\"\xe7\x01\n\tPageChunk\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05round\x18\x03 \x01(\r\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0e\n\x06stream\x18\x0b \x01(\r\x12\x11\n\trun_first\x18\x05 \x03(\x04\x12\x11\n\trun_pages\x18\x06 \x03(\r\x12\x12\n\nzero_first\x18\x07 \x03(\x04\x12\x12\n\nzero_pages\x18\x08 \x03(\r\x12\x13\n\x0bpage_hashes\x18\t \x01(\x0c\x12\x12\n\nchunk_hash\x18\n \x01(\x06\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\" \n\x08\x43hunkAck\x12\x14\n\x0cstored_below\x18\x01 \x01(\x04\"\xe2\x01\n\x0ePrepareRequest\x12!\n\x02id\x18\x01 \x01(\x0b\x32\x15.ballast.v1.AttemptId\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x14\n\x0cimage_digest\x18\x03 \x01(\x06\x12\x12\n\nvcpu_state\x18\x04 \x01(\x0c\x12\'\n\x06\x64\x65vice\x18\x05 \x01(\x0b\x32\x17.ballast.v1.DeviceState\x12\x0e\n\x06\x63hunks\x18\x06 \x01(\x04\x12\"\n\x06ledger\x18\x07 \x01(\x0b\x32\x12.ballast.v1.Ledger\x12\x11\n\trehearsal\x18\x08 \x01(\x08\"\xac\x01\n\x0b\x44\x65viceState\x12\x10\n\x08\x66\x65\x61tures\x18\x01 \x01(\x04\x12\x11\n\tnum_pages\x18\x02 \x01(\r\x12\x0e\n\x06\x61\x63tual\x18\x03 \x01(\r\x12\x14\n\x0cpoison_value\x18\x04 \x01(\r\x12\x17\n\x0fnext_command_id\x18\x05 \x01(\r\x12\x12\n\nring_bases\x18\x06 \x03(\r\x12\x12\n\nhints_open\x18\x07 \x01(\x08\x12\x11\n\tballooned\x18\x08 \x01(\x0c\"G\n\x06Ledger\x12\x12\n\ndata_pages\x18\x01 \x01(\x04\x12\x12\n\nzero_pages\x18\x02 \x01(\x04\x12\x15\n\rskipped_pages\x18\x03 \x01(\x04\"Y\n\x0cPrepareReply\x12&\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x14.ballast.v1.Decision\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x11\n\tverify_ns\x18\x03 \x01(\x04\"H\n\rCommitRequest\x12!\n\x02id\x18\x01 \x01(\x0b\x32\x15.ballast.v1.AttemptId\x12\x14\n\x0cimage_digest\x18\x02 \x01(\x06\"X\n\x0b\x43ommitReply\x12&\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x14.ballast.v1.Decision\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x11\n\tresume_ns\x18\x03 \x01(\x04\"A\n\x0c\x41\x62ortRequest\x12!\n\x02id\x18\x01 \x01(\x0b\x32\x15.ballast.v1.AttemptId\x12\x0e\n\x06reason\x18\x02 \x01(\t\"4\n\nAbortReply\x12&\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x14.ballast.v1.Decision\"2\n\rForgetRequest\x12!\n\x02id\x18\x01 \x01(\x0b\x32\x15.ballast.v1.AttemptId\"\r\n\x0b\x46orgetReply*\x80\x01\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45\x43ISION_PREPARED\x10\x01\x12\x16\n\x12\x44\x45\x43ISION_COMMITTED\x10\x02\x12\x14\n\x10\x44\x45\x43ISION_ABORTED\x10\x03\x12\x15\n\x11\x44\x45\x43ISION_VERIFIED\x10\x04\x32\xf5\x02\n\tMigration\x12\x36\n\x04Open\x12\x17.ballast.v1.OpenRequest\x1a\x15.ballast.v1.OpenReply\x12\x38\n\x05Pages\x12\x15.ballast.v1.PageChunk\x1a\x14.ballast.v1.ChunkAck(\x01\x30\x01\x12?\n\x07Prepare\x12\x1a.ballast.v1.PrepareRequest\x1a\x18.ballast.v1.PrepareReply\x12<\n\x06\x43ommit\x12\x19.ballast.v1.CommitRequest\x1a\x17.ballast.v1.CommitReply\x12\x39\n\x05\x41\x62ort\x12\x18.ballast.v1.AbortRequest\x1a\x16.ballast.v1.AbortReply\x12<\n\x06\x46orget\x12\x19.ballast.v1.ForgetRequest\x1a\x17.ballast.v1.ForgetReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmigration/pb/migration.proto\x12\nballast.v1\"D\n\tAttemptId\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0bguest_epoch\x18\x03 \x01(\x04\"\xa7\x01\n\x0bOpenRequest\x12!\n\x02id\x18\x01 \x01(\x0b\x32\x15.ballast.v1.AttemptId\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x12\n\npage_bytes\x18\x03 \x01(\r\x12\x11\n\tintegrity\x18\x04 \x01(\t\x12\x0f\n\x07streams\x18\x05 \x01(\r\x12\x0e\n\x06resume\x18\x06 \x01(\x08\x12\x17\n\x0flink_timeout_ms\x18\x07 \x01(\r\"6\n\tOpenReply\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x14\n\x0cstored_below\x18\x02 \x03(\x04\"\xb5\x02\n\tPageChunk\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05round\x18\x03 \x01(\r\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0e\n\x06stream\x18\x0b \x01(\r\x12\x11\n\trun_first\x18\x05 \x03(\x04\x12\x11\n\trun_pages\x18\x06 \x03(\r\x12\x12\n\nzero_first\x18\x07 \x03(\x04\x12\x12\n\nzero_pages\x18\x08 \x03(\r\x12\x13\n\x0bpage_hashes\x18\t \x01(\x0c\x12\x12\n\nchunk_hash\x18\n \x01(\x06\x12&\n\x08\x65ncoding\x18\x0c \x01(\x0e\x32\x14.ballast.v1.Encoding\x12\r\n\x05\x64\x65lta\x18\r \x01(\x0c\x12\x15\n\rdecoded_bytes\x18\x0e \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\" \n\x08\x43hunkAck\x12\x14\n\x0cstored_below\x18\x01 \x01(\x04\"\xe2\x01\n\x0ePrepareRequest\x12!\n\x02id\x18\x01 \x01(\x0b\x32\x15.ballast.v1.AttemptId\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x14\n\x0cimage_digest\x18\x03 \x01(\x06\x12\x12\n\nvcpu_state\x18\x04 \x01(\x0c\x12\'\n\x06\x64\x65vice\x18\x05 \x01(\x0b\x32\x17.ballast.v1.DeviceState\x12\x0e\n\x06\x63hunks\x18\x06 \x01(\x04\x12\"\n\x06ledger\x18\x07 \x01(\x0b\x32\x12.ballast.v1.Ledger\x12\x11\n\trehearsal\x18\x08 \x01(\x08\"\xac\x01\n\x0b\x44\x65viceState\x12\x10\n\x08\x66\x65\x61tures\x18\x01 \x01(\x04\x12\x11\n\tnum_pages\x18\x02 \x01(\r\x12\x0e\n\x06\x61\x63tual\x18\x03 \x01(\r\x12\x14\n\x0cpoison_value\x18\x04 \x01(\r\x12\x17\n\x0fnext_command_id\x18\x05 \x01(\r\x12\x12\n\nring_bases\x18\x06 \x03(\r\x12\x12\n\nhints_open\x18\x07 \x01(\x08\x12\x11\n\tballooned\x18\x08 \x01(\x0c\"G\n\x06Ledger\x12\x12\n\ndata_pages\x18\x01 \x01(\x04\x12\x12\n\nzero_pages\x18\x02 \x01(\x04\x12\x15\n\rskipped_pages\x18\x03 \x01(\x04\"Y\n\x0cPrepareReply\x12&\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x14.ballast.v1.Decision\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x11\n\tverify_ns\x18\x03 \x01(\x04\"H\n\rCommitRequest\x12!\n\x02id\x18\x01 \x01(\x0b\x32\x15.ballast.v1.AttemptId\x12\x14\n\x0cimage_digest\x18\x02 \x01(\x06\"X\n\x0b\x43ommitReply\x12&\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x14.ballast.v1.Decision\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x11\n\tresume_ns\x18\x03 \x01(\x04\"A\n\x0c\x41\x62ortRequest\x12!\n\x02id\x18\x01 \x01(\x0b\x32\x15.ballast.v1.AttemptId\x12\x0e\n\x06reason\x18\x02 \x01(\t\"4\n\nAbortReply\x12&\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x14.ballast.v1.Decision\"2\n\rForgetRequest\x12!\n\x02id\x18\x01 \x01(\x0b\x32\x15.ballast.v1.AttemptId\"\r\n\x0b\x46orgetReply*\x80\x01\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45\x43ISION_PREPARED\x10\x01\x12\x16\n\x12\x44\x45\x43ISION_COMMITTED\x10\x02\x12\x14\n\x10\x44\x45\x43ISION_ABORTED\x10\x03\x12\x15\n\x11\x44\x45\x43ISION_VERIFIED\x10\x04*A\n\x08\x45ncoding\x12\x10\n\x0c\x45NCODING_RAW\x10\x00\x12\x10\n\x0c\x45NCODING_LZ4\x10\x01\x12\x11\n\rENCODING_ZSTD\x10\x02\x32\xf5\x02\n\tMigration\x12\x36\n\x04Open\x12\x17.ballast.v1.OpenRequest\x1a\x15.ballast.v1.OpenReply\x12\x38\n\x05Pages\x12\x15.ballast.v1.PageChunk\x1a\x14.ballast.v1.ChunkAck(\x01\x30\x01\x12?\n\x07Prepare\x12\x1a.ballast.v1.PrepareRequest\x1a\x18.ballast.v1.PrepareReply\x12<\n\x06\x43ommit\x12\x19.ballast.v1.CommitRequest\x1a\x17.ballast.v1.CommitReply\x12\x39\n\x05\x41\x62ort\x12\x18.ballast.v1.AbortRequest\x1a\x16.ballast.v1.AbortReply\x12<\n\x06\x46orget\x12\x19.ballast.v1.ForgetRequest\x1a\x17.ballast.v1.ForgetReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'migration.pb.migration_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DECISION']._serialized_start=1529
-  _globals['_DECISION']._serialized_end=1657
+  _globals['_DECISION']._serialized_start=1607
+  _globals['_DECISION']._serialized_end=1735
+  _globals['_ENCODING']._serialized_start=1737
+  _globals['_ENCODING']._serialized_end=1802
   _globals['_ATTEMPTID']._serialized_start=44
   _globals['_ATTEMPTID']._serialized_end=112
   _globals['_OPENREQUEST']._serialized_start=115
@@ -40,29 +42,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENREPLY']._serialized_start=284
   _globals['_OPENREPLY']._serialized_end=338
   _globals['_PAGECHUNK']._serialized_start=341
-  _globals['_PAGECHUNK']._serialized_end=572
-  _globals['_CHUNKACK']._serialized_start=574
-  _globals['_CHUNKACK']._serialized_end=606
-  _globals['_PREPAREREQUEST']._serialized_start=609
-  _globals['_PREPAREREQUEST']._serialized_end=835
-  _globals['_DEVICESTATE']._serialized_start=838
-  _globals['_DEVICESTATE']._serialized_end=1010
-  _globals['_LEDGER']._serialized_start=1012
-  _globals['_LEDGER']._serialized_end=1083
-  _globals['_PREPAREREPLY']._serialized_start=1085
-  _globals['_PREPAREREPLY']._serialized_end=1174
-  _globals['_COMMITREQUEST']._serialized_start=1176
-  _globals['_COMMITREQUEST']._serialized_end=1248
-  _globals['_COMMITREPLY']._serialized_start=1250
-  _globals['_COMMITREPLY']._serialized_end=1338
-  _globals['_ABORTREQUEST']._serialized_start=1340
-  _globals['_ABORTREQUEST']._serialized_end=1405
-  _globals['_ABORTREPLY']._serialized_start=1407
-  _globals['_ABORTREPLY']._serialized_end=1459
-  _globals['_FORGETREQUEST']._serialized_start=1461
-  _globals['_FORGETREQUEST']._serialized_end=1511
-  _globals['_FORGETREPLY']._serialized_start=1513
-  _globals['_FORGETREPLY']._serialized_end=1526
-  _globals['_MIGRATION']._serialized_start=1660
-  _globals['_MIGRATION']._serialized_end=2033
+  _globals['_PAGECHUNK']._serialized_end=650
+  _globals['_CHUNKACK']._serialized_start=652
+  _globals['_CHUNKACK']._serialized_end=684
+  _globals['_PREPAREREQUEST']._serialized_start=687
+  _globals['_PREPAREREQUEST']._serialized_end=913
+  _globals['_DEVICESTATE']._serialized_start=916
+  _globals['_DEVICESTATE']._serialized_end=1088
+  _globals['_LEDGER']._serialized_start=1090
+  _globals['_LEDGER']._serialized_end=1161
+  _globals['_PREPAREREPLY']._serialized_start=1163
+  _globals['_PREPAREREPLY']._serialized_end=1252
+  _globals['_COMMITREQUEST']._serialized_start=1254
+  _globals['_COMMITREQUEST']._serialized_end=1326
+  _globals['_COMMITREPLY']._serialized_start=1328
+  _globals['_COMMITREPLY']._serialized_end=1416
+  _globals['_ABORTREQUEST']._serialized_start=1418
+  _globals['_ABORTREQUEST']._serialized_end=1483
+  _globals['_ABORTREPLY']._serialized_start=1485
+  _globals['_ABORTREPLY']._serialized_end=1537
+  _globals['_FORGETREQUEST']._serialized_start=1539
+  _globals['_FORGETREQUEST']._serialized_end=1589
+  _globals['_FORGETREPLY']._serialized_start=1591
+  _globals['_FORGETREPLY']._serialized_end=1604
+  _globals['_MIGRATION']._serialized_start=1805
+  _globals['_MIGRATION']._serialized_end=2178
 # @@protoc_insertion_point(module_scope)

@@ -54,6 +54,28 @@ DECISION_VERIFIED: Decision.ValueType  # 4
 """a rehearsal's image was right; the attempt is ABORTED, as was asked for"""
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
 
+class _Encoding:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENCODING_RAW: _Encoding.ValueType  # 0
+    ENCODING_LZ4: _Encoding.ValueType  # 1
+    """one LZ4 block"""
+    ENCODING_ZSTD: _Encoding.ValueType  # 2
+    """one Zstandard frame"""
+
+class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
+    """How a chunk's data is compressed. Page hashes are always of the pages themselves."""
+
+ENCODING_RAW: Encoding.ValueType  # 0
+ENCODING_LZ4: Encoding.ValueType  # 1
+"""one LZ4 block"""
+ENCODING_ZSTD: Encoding.ValueType  # 2
+"""one Zstandard frame"""
+Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
+
 @_typing.final
 class AttemptId(_message.Message):
     """Who is talking about what. `guest_epoch` counts the hand-overs of this guest's ownership."""
@@ -173,21 +195,30 @@ class PageChunk(_message.Message):
     ZERO_PAGES_FIELD_NUMBER: _builtins.int
     PAGE_HASHES_FIELD_NUMBER: _builtins.int
     CHUNK_HASH_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    DECODED_BYTES_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
     attempt: _builtins.int
     round: _builtins.int
     """1-based"""
     sequence: _builtins.int
-    """0-based, consecutive over the whole attempt in one stream"""
+    """0-based, consecutive over the whole attempt, of its stream"""
     stream: _builtins.int
     """0-based; the first chunk of a call says which stream it is, the others must agree"""
     page_hashes: _builtins.bytes
     """xxh3_64 of every data page, little-endian u64 each, in run order"""
     chunk_hash: _builtins.int
-    """xxh3_64 over the header fields and page_hashes, see migration/codec.py"""
+    """xxh3_64 over all other fields but data, see migration/codec.py"""
+    encoding: Global___Encoding.ValueType
+    """of `data`"""
+    delta: _builtins.bytes
+    """Pages that are deltas against what the destination has stored of them, see migration/delta.py."""
+    decoded_bytes: _builtins.int
+    """size of `data` once it is decompressed; 0 when encoding is RAW"""
     data: _builtins.bytes
-    """the pages of the runs, concatenated"""
+    """the pages of the runs, concatenated; of a page that is a delta its changed words, at the end"""
     @_builtins.property
     def run_first(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -212,11 +243,14 @@ class PageChunk(_message.Message):
         zero_pages: _abc.Iterable[_builtins.int] | None = ...,
         page_hashes: _builtins.bytes = ...,
         chunk_hash: _builtins.int = ...,
+        encoding: Global___Encoding.ValueType = ...,
+        delta: _builtins.bytes = ...,
+        decoded_bytes: _builtins.int = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "chunk_hash", b"chunk_hash", "data", b"data", "incarnation", b"incarnation", "page_hashes", b"page_hashes", "round", b"round", "run_first", b"run_first", "run_pages", b"run_pages", "sequence", b"sequence", "stream", b"stream", "zero_first", b"zero_first", "zero_pages", b"zero_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "chunk_hash", b"chunk_hash", "data", b"data", "decoded_bytes", b"decoded_bytes", "delta", b"delta", "encoding", b"encoding", "incarnation", b"incarnation", "page_hashes", b"page_hashes", "round", b"round", "run_first", b"run_first", "run_pages", b"run_pages", "sequence", b"sequence", "stream", b"stream", "zero_first", b"zero_first", "zero_pages", b"zero_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -160,5 +160,5 @@ def test_a_late_chunk_of_a_joined_stream_is_never_stored_and_the_next_stream_goe
 
 def test_a_store_that_does_not_end_is_no_joined_stream(receiver):
     receiver.begin_stream(lambda: None)
-    with receiver._storing:
+    with receiver._lanes[0].storing:
         assert not receiver.join_streams(0.01)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from host.guest_memory import HostRam
 from migration.codec import CHUNK_PAGES_MAX, ZERO_PAGE_HASH, decode_chunk, page_hashes, verify
 from migration.pages import PAGE_BYTES, pfns_of
-from source_node.page_reader import PageReader
+from source_node.page_reader import ChunkNumbers, PageReader
 
 PAGES = 2 * CHUNK_PAGES_MAX + 40
 
@@ -53,7 +53,7 @@ def test_chunks_say_what_ram_holds(ram, pfns, detects_zero, round_index) -> None
     content = content_of(ram)
     reader = reader_of(ram, detects_zero=detects_zero)
     seen = []
-    chunks = list(reader.chunks_of(round_index, np.array(pfns, np.uint64)))
+    chunks = list(reader.chunks_of(ChunkNumbers(0), round_index, np.array(pfns, np.uint64)))
     for sequence, outgoing in enumerate(chunks):
         chunk = decode_chunk(outgoing.message, pages=PAGES)
         verify(chunk)
@@ -79,7 +79,11 @@ def test_chunks_say_what_ram_holds(ram, pfns, detects_zero, round_index) -> None
 def test_no_hole_is_allocated_by_reading_it(ram) -> None:
     before = ram.populated()
     for detects_zero in (False, True):
-        list(reader_of(ram, detects_zero=detects_zero).chunks_of(1, np.arange(PAGES, dtype=np.uint64)))
+        list(
+            reader_of(ram, detects_zero=detects_zero).chunks_of(
+                ChunkNumbers(0), 1, np.arange(PAGES, dtype=np.uint64)
+            )
+        )
     assert (ram.populated() == before).all()
     assert np.flatnonzero(~before).tolist() == list(range(100, 140))
 
@@ -87,12 +91,12 @@ def test_no_hole_is_allocated_by_reading_it(ram) -> None:
 def test_a_message_is_private(ram) -> None:
     """What the guest writes after a page was read is in no message, and not in the next one's buffer either."""
     reader = reader_of(ram, detects_zero=False)
-    (chunk,) = reader.chunks_of(1, np.array([1], np.uint64))
+    (chunk,) = reader.chunks_of(ChunkNumbers(0), 1, np.array([1], np.uint64))
     before = bytes(chunk.message)
     original = bytes(ram.memory[PAGE_BYTES : 2 * PAGE_BYTES])
     ram.memory[PAGE_BYTES : 2 * PAGE_BYTES] = bytes(PAGE_BYTES)
     try:
-        (later,) = reader.chunks_of(1, np.array([1], np.uint64))
+        (later,) = reader.chunks_of(ChunkNumbers(0), 1, np.array([1], np.uint64))
         assert chunk.message == before
         assert int(reader.sent_hashes[1]) == ZERO_PAGE_HASH
         assert not any(decode_chunk(later.message, pages=PAGES).data)

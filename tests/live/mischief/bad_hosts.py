@@ -2,6 +2,7 @@
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from migration import source_machine
 from migration.codec import ZERO_PAGE_HASH
 from migration.pages import PAGE_BYTES, pfns_of
 from migration.source_phases import SourcePhase
-from source_node.page_reader import OutgoingChunk, PageReader
+from source_node.page_reader import PageReader
 from source_node.shell import SourceShell
 
 KERNEL_PAGES = 512  # boot page, rings, frame table and free maps of these tests' guests end below
@@ -116,15 +117,15 @@ def corrupts_in_flight():
     """A bit of the third chunk's last page flips after it was hashed."""
     honest = PageReader.chunks_of
 
-    def chunks_of(reader, *arguments):
-        for chunk in honest(reader, *arguments):
-            if reader.chunks != 3:
+    def chunks_of(reader, numbers, *arguments):
+        for chunk in honest(reader, numbers, *arguments):
+            if numbers.next_sequence != 3:
                 yield chunk
                 continue
             assert chunk.data_pages, "the test's third chunk carries pages"
             message = bytearray(chunk.message)
             message[-PAGE_BYTES // 2] ^= 0x10
-            yield OutgoingChunk(bytes(message), chunk.data_pages, chunk.zero_pages)
+            yield replace(chunk, message=bytes(message))
 
     PageReader.chunks_of = chunks_of
 
