@@ -1,7 +1,9 @@
-"""Bytes on the wire in local mode: TCP_INFO of the very connections between this process and a peer.
+"""Bytes of the very connections between this process and a peer: TCP_INFO over netlink.
 
-Rule 1: a connection counts if its remote address is the peer's and this process owns its socket.
-Rule 2: counts only grow: a connection that closed keeps the last value that was seen. Sample before closing.
+Rule 1: a connection counts if its remote address is the peer's and this process owns its socket; what it carried
+        before the meter was made does not.
+Rule 2: counts only grow. A connection that ended keeps its last figures: the kernel announces them when it destroys
+        the socket. One whose end was not heard is counted in `unheard`, with what was seen of it last.
 Rule 3: retransmitted bytes are on the wire too: they are part of `tx_bytes`, and also told apart.
 
 sock_diag over netlink needs no privilege. gRPC connects through dual-stack sockets, so that an IPv4 peer
@@ -15,10 +17,17 @@ import socket
 import threading
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from pyroute2 import DiagSocket
-from pyroute2.netlink.diag import SS_CONN
+from pyroute2.netlink.diag import (
+    SKNLGRP_INET6_TCP_DESTROY,
+    SKNLGRP_INET_TCP_DESTROY,
+    SS_CONN,
+    inet_diag_msg,
+)
+
+from host.netlink_news import NetlinkNews
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,65 +35,152 @@ if TYPE_CHECKING:
 
 INET_DIAG_INFO = 2  # linux/inet_diag.h
 INFO_EXTENSION = 1 << (INET_DIAG_INFO - 1)
+NETLINK_SOCK_DIAG: Final = 4  # linux/netlink.h
+DESTROY_GROUPS: Final = 1 << (SKNLGRP_INET_TCP_DESTROY - 1) | 1 << (SKNLGRP_INET6_TCP_DESTROY - 1)
+COUNTERS: Final = (
+    "tcpi_bytes_sent", "tcpi_bytes_received", "tcpi_bytes_retrans", "tcpi_segs_out", "tcpi_segs_in",
+)  # fmt: skip
+Figures: TypeAlias = tuple[int, ...]  # in the order of COUNTERS
+ZEROES: Final[Figures] = (0,) * len(COUNTERS)
 
 
 @dataclass(frozen=True, slots=True)
 class WireCount:
-    """TCP payload bytes of all counted connections so far; `connections` are those seen alive now."""
+    """The TCP streams of all counted connections so far; `connections` are those seen alive now.
+
+    Segments are what a cable would carry, whatever the interface is handed.
+    """
 
     tx_bytes: int
     rx_bytes: int
     retransmitted_bytes: int
     connections: int
+    tx_segments: int = 0
+    rx_segments: int = 0
+    unheard: int = 0
+
+    def fields(self) -> dict[str, int]:
+        """For an event."""
+        return {
+            "tx_bytes": self.tx_bytes,
+            "rx_bytes": self.rx_bytes,
+            "retransmitted_bytes": self.retransmitted_bytes,
+            "tx_segments": self.tx_segments,
+            "rx_segments": self.rx_segments,
+            "unheard": self.unheard,
+        }
 
 
-class TcpMeter:
-    """Counts what this process exchanges with one remote TCP address. Thread-safe.
+class ConnectionMeter:
+    """Counts connections of this network namespace that `_matches`. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._news = NetlinkNews(NETLINK_SOCK_DIAG, DESTROY_GROUPS)
+        with DiagSocket() as diag:
+            messages = list(self._messages(diag))
+        self._before = {_cookie(message): _figures(message) for message in messages}
+        self._seen: dict[int, Figures] = {}  # socket cookie -> the latest figures
+        self._ended: set[int] = set()
+        self._unheard: set[int] = set()
+
+    def sample(self) -> WireCount:
+        """Read the kernel's counters now; about 1 ms."""
+        with self._lock:
+            with DiagSocket() as diag:
+                alive = self._look(self._messages(diag))
+            for news in self._news.take():
+                self._told(news)
+            self._unheard |= self._seen.keys() - alive - self._ended
+            totals = [0] * len(COUNTERS)
+            for cookie, figures in self._seen.items():
+                since = zip(figures, self._before.get(cookie, ZEROES), strict=True)
+                totals = [total + now - then for total, (now, then) in zip(totals, since, strict=True)]
+            sent, received, again, segments_out, segments_in = totals
+            count = len(alive - self._ended)
+            return WireCount(
+                sent, received, again, count, segments_out, segments_in, len(self._unheard - self._ended)
+            )
+
+    def close(self) -> None:
+        """Ends the subscription."""
+        self._news.close()
+
+    def _matches(self, message: Any) -> bool:
+        raise NotImplementedError
+
+    def _is_known(self, message: Any) -> bool:
+        """Whether an ended connection, which has no owner any more, is one of ours."""
+        return self._matches(message)
+
+    def _look(self, messages: Iterator[Any]) -> set[int]:
+        alive, inodes = set(), _own_socket_inodes()
+        for message in messages:
+            cookie = _cookie(message)
+            # A socket that its process closed has no inode while it still sends its rest.
+            if message["idiag_inode"] in inodes or cookie in self._seen:
+                self._seen[cookie] = _figures(message)
+                alive.add(cookie)
+        return alive
+
+    def _told(self, raw: bytes) -> None:
+        message = inet_diag_msg(raw)
+        message.decode()
+        if message.get_attr("INET_DIAG_INFO") is not None and self._is_known(message):
+            cookie = _cookie(message)
+            self._seen[cookie] = _figures(message)
+            self._ended.add(cookie)
+
+    def _messages(self, diag: DiagSocket) -> Iterator[Any]:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            found = diag.get_sock_stats(family=family, states=SS_CONN, extensions=INFO_EXTENSION)
+            for message in found:
+                if message.get_attr("INET_DIAG_INFO") is not None and self._matches(message):
+                    yield message
+
+
+class TcpMeter(ConnectionMeter):
+    """What this process exchanges with one remote TCP address.
 
     Args:
         remote: "host:port"; the host is a literal address or a name that resolves to one.
     """
 
     def __init__(self, remote: str) -> None:
-        host, _, port = remote.rpartition(":")
-        address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0][4][0]
-        self._address = _short(str(address))
-        self._port = int(port)
-        self._lock = threading.Lock()
-        self._seen: dict[int, tuple[int, int, int]] = {}  # socket cookie -> tx, rx, retransmitted
+        self._peer = peer_address(remote)
+        super().__init__()
 
-    def sample(self) -> WireCount:
-        """Read the kernel's counters now; about 1 ms."""
-        with self._lock:
-            alive = 0
-            inodes = _own_socket_inodes()
-            with DiagSocket() as diag:
-                for message in self._messages(diag):
-                    cookie = int(message["idiag_cookie"])
-                    # A socket that its process closed has no inode while it still sends its rest.
-                    if message["idiag_inode"] in inodes or cookie in self._seen:
-                        self._seen[cookie] = _bytes_of(message)
-                        alive += 1
-            totals = [sum(column) for column in zip(*self._seen.values(), strict=True)] or [0, 0, 0]
-            return WireCount(totals[0], totals[1], totals[2], alive)
-
-    def _messages(self, diag: DiagSocket) -> Iterator[Any]:
-        for family in (socket.AF_INET, socket.AF_INET6):
-            found = diag.get_sock_stats(
-                family=family, states=SS_CONN, extensions=INFO_EXTENSION, dport=self._port
-            )
-            for message in found:
-                if (
-                    message["idiag_dport"] == self._port
-                    and _short(message["idiag_dst"]) == self._address
-                    and message.get_attr("INET_DIAG_INFO") is not None
-                ):
-                    yield message
+    def _matches(self, message: Any) -> bool:
+        return (_short(message["idiag_dst"]), message["idiag_dport"]) == self._peer
 
 
-def _bytes_of(message: Any) -> tuple[int, int, int]:
+class OtherTraffic(ConnectionMeter):
+    """What this process exchanges by the network with everybody but that address: its control connections."""
+
+    def __init__(self, remote: str) -> None:
+        self._peer = peer_address(remote)
+        super().__init__()
+
+    def _matches(self, message: Any) -> bool:
+        remote = _short(message["idiag_dst"])
+        inside = remote.is_loopback or remote == _short(message["idiag_src"])
+        return not inside and (remote, message["idiag_dport"]) != self._peer
+
+
+def peer_address(remote: str) -> tuple[IPv4Address | IPv6Address, int]:
+    """The address and port of "host:port", resolved."""
+    host, _, port = remote.rpartition(":")
+    address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0][4][0]
+    return _short(str(address)), int(port)
+
+
+def _cookie(message: Any) -> int:
+    return int(message["idiag_cookie"])
+
+
+def _figures(message: Any) -> Figures:
     info = message.get_attr("INET_DIAG_INFO")
-    return info["tcpi_bytes_sent"], info["tcpi_bytes_received"], info["tcpi_bytes_retrans"]
+    return tuple(int(info[name]) for name in COUNTERS)
 
 
 def _own_socket_inodes() -> set[int]:
