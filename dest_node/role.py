@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dest_node.arrivals import Arrivals
 from dest_node.intake import Intake
 from dest_node.servicer import MigrationServicer, register
 
@@ -28,7 +29,7 @@ class DestRole:
 
     def register(self, server: grpc.Server) -> None:
         """Serve sources."""
-        register(MigrationServicer(self._intake), server)
+        register(MigrationServicer(self._intake, Arrivals(self._host.events)), server)
 
     def recover_journal(self) -> None:
         """Close what was received by a process that is gone."""

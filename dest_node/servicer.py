@@ -27,6 +27,7 @@ from migration.pb import migration_pb2
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dest_node.arrivals import Arrivals
     from dest_node.intake import Intake
     from dest_node.page_receiver import PageReceiver, PageStreamIn
 
@@ -40,8 +41,9 @@ log = structlog.get_logger()
 class MigrationServicer:
     """The methods of the schema's service, one each; `register` says how their bytes are read."""
 
-    def __init__(self, intake: Intake) -> None:
+    def __init__(self, intake: Intake, arrivals: Arrivals) -> None:
         self._intake = intake
+        self._arrivals = arrivals
 
     def Open(  # noqa: N802 - the name is the schema's
         self, request: migration_pb2.OpenRequest, context: grpc.ServicerContext
@@ -58,6 +60,7 @@ class MigrationServicer:
             streams = request.streams or 1
             if streams > STREAMS_MAX:
                 raise RemoteProtocolError("too many streams", streams=streams, streams_max=STREAMS_MAX)
+            self._arrivals.opened(key_of(request.id), context.peer())
             incarnation, stored_below = self._intake.open(
                 key_of(request.id),
                 size,
@@ -96,6 +99,7 @@ class MigrationServicer:
         """Give up."""
         with answered(context):
             reply = self._intake.abort(key_of(request.id), request.reason)
+            self._arrivals.answered("abort")
             return migration_pb2.AbortReply(decision=decision(reply.answer.value))
 
     def Forget(  # noqa: N802
@@ -103,6 +107,7 @@ class MigrationServicer:
     ) -> migration_pb2.ForgetReply:
         """Forget the outcome."""
         with answered(context):
+            self._arrivals.answered("forget")
             self._intake.forget(key_of(request.id))
             return migration_pb2.ForgetReply()
 
@@ -143,16 +148,18 @@ class MigrationServicer:
         if context.is_active():
             ending.broken = ""
 
-    @staticmethod
     def _store(
-        receiver: PageReceiver, stream: PageStreamIn, messages: Iterator[bytes]
+        self, receiver: PageReceiver, stream: PageStreamIn, messages: Iterator[bytes]
     ) -> Iterator[migration_pb2.ChunkAck]:
         every = max(ACK_EVERY // receiver.streams, 1)
         unanswered = 0
         for message in messages:
             chunk = receiver.store(stream, message)
             unanswered += 1
-            if unanswered == every or not (chunk.data_page_count or chunk.zero_page_count):
+            asked = not (chunk.data_page_count or chunk.zero_page_count)
+            if asked:
+                self._arrivals.round_received(chunk.header.round_index)
+            if unanswered == every or asked:
                 unanswered = 0
                 yield migration_pb2.ChunkAck(stored_below=chunk.header.sequence + 1)
 

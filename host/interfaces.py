@@ -20,6 +20,7 @@ import socket
 import struct
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pyroute2 import IPRoute
@@ -39,6 +40,7 @@ SIOCETHTOOL: Final = 0x8946
 ETHTOOL_GTSO: Final = 0x1E
 ETHTOOL_GGSO: Final = 0x23
 MTU_DEFAULT: Final = 1500
+PROC_COLUMNS: Final = (0, 1, 8, 9)  # of /proc/net/dev: received bytes and packets, sent bytes and packets
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ class InterfaceMeter:
         self._lock = threading.Lock()
         self._news = NetlinkNews(socket.NETLINK_ROUTE, RTMGRP_LINK)
         self._gone = NOTHING  # of interfaces that are no more
-        self._before: dict[int, InterfaceCount] = _counters()  # by ifindex, as the meter found them
+        self._counted: dict[int, bool] = {}  # by ifindex
+        self._before: dict[int, InterfaceCount] = self._counters()  # by ifindex, as the meter found them
         self._last = dict(self._before)
 
     @classmethod
@@ -95,11 +98,11 @@ class InterfaceMeter:
         return cls() if _own_network_towards(address) else None
 
     def sample(self) -> InterfaceCount:
-        """Since the meter was made; about 2 ms."""
+        """Since the meter was made; about 0.3 ms: the guest may stand still meanwhile."""
         with self._lock:
             for message in self._news.take():
                 self._told(message)
-            self._last |= _counters()
+            self._last |= self._counters()
             total = self._gone
             for index, count in self._last.items():
                 total += count - self._before.get(index, NOTHING)
@@ -109,6 +112,19 @@ class InterfaceMeter:
         """Ends the subscription."""
         self._news.close()
 
+    def _counters(self) -> dict[int, InterfaceCount]:
+        lines = Path("/proc/self/net/dev").read_text(encoding="ascii").splitlines()
+        by_name = {name.strip(): line.split() for name, _, line in (line.partition(":") for line in lines)}
+        found = {}
+        for index, name in socket.if_nameindex():
+            if index not in self._counted:
+                with IPRoute() as route:
+                    self._counted |= {link["index"]: _counts(link) for link in route.get_links()}
+            if self._counted.get(index) and name in by_name:
+                rx_bytes, rx_packets, tx_bytes, tx_packets = (int(by_name[name][at]) for at in PROC_COLUMNS)
+                found[index] = InterfaceCount(tx_bytes, rx_bytes, tx_packets, rx_packets)
+        return found
+
     def _told(self, raw: bytes) -> None:
         message = ifinfmsg(raw)
         message.decode()
@@ -117,6 +133,7 @@ class InterfaceMeter:
             count = _count_of(message) or self._last.get(index, NOTHING)
             self._gone += count - self._before.pop(index, NOTHING)
             self._last.pop(index, None)
+            self._counted.pop(index, None)
 
 
 def segmentation_offload() -> bool | None:
@@ -142,11 +159,6 @@ def _own_network_towards(address: str) -> bool:
         index = ways[0].get_attr("RTA_OIF") if ways else None
         links: Iterable[Any] = route.get_links(index) if index else ()
         return any(_kind(link) in NAMESPACE_KINDS for link in links)
-
-
-def _counters() -> dict[int, InterfaceCount]:
-    with IPRoute() as route:
-        return {link["index"]: _count_of(link) or NOTHING for link in route.get_links() if _counts(link)}
 
 
 def _counts(link: Any) -> bool:

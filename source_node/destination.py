@@ -76,6 +76,7 @@ class Destination:
         self.resume_ns = 0
         self._key = key
         self._post = post
+        self.encrypted = trust.encrypts
         self._channel = trust.channel(address, server_name, CHANNEL_OPTIONS)
         self._stub = migration_pb2_grpc.MigrationStub(self._channel)
 

@@ -229,11 +229,11 @@ class SourceShell:
         self._post(told.StateRecorded(state))
 
     def _open(self, key: AttemptKey) -> None:
+        self.wire.start()
         self._destination = self._peer_of(key)
         self._destination.open(self._ram.memory_bytes, self._order.integrity, self._order.streams)
 
     def _start_tracking(self) -> None:
-        self.wire.start()
         self._reader = PageReader(
             self._ram,
             incarnation=self._peer.incarnation,

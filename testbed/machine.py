@@ -148,12 +148,13 @@ def probe_sock_diag() -> str:
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         host, port = listener.getsockname()
-        with socket.create_connection((host, port)) as client, listener.accept()[0]:
-            client.sendall(b"?")
-            try:
-                counted = TcpMeter(f"{host}:{port}").sample()
-            except Exception as error:  # noqa: BLE001 - netlink errors have no common base; the reason is the answer
-                return f"TCP_INFO by sock_diag: {error}"
+        try:
+            meter = TcpMeter(f"{host}:{port}")
+            with socket.create_connection((host, port)) as client, listener.accept()[0]:
+                client.sendall(b"?")
+                counted = meter.sample()
+        except Exception as error:  # noqa: BLE001 - netlink errors have no common base; the reason is the answer
+            return f"TCP_INFO by sock_diag: {error}"
     return "" if counted.tx_bytes == 1 else f"TCP_INFO counts {counted.tx_bytes} bytes where 1 was sent"
 
 

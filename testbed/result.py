@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from testbed.account import Account, account_of
 from testbed.beats import blackout_ns
 from testbed.predicted import predicted_of
 from virtio.balloon import (
@@ -188,6 +189,7 @@ class Result(Part):
     cpu_seconds: CpuPart
     own_memory: MemoryPart
     predicted: PredictedPart | None = None
+    account: Account | None = None  # of the bytes, layer by layer; null when nothing was counted
     run_dir: str
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -233,6 +235,7 @@ def build(record: RunRecord, judgement: Judgement) -> Result:
         cpu_seconds=CpuPart.model_validate(_known(CpuPart, _fields(record, "cpu_used"))),
         own_memory=_own_memory(record),
         predicted=_predicted(record),
+        account=account_of(record),
         run_dir=str(record.run_dir.path),
     )
 

@@ -15,6 +15,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from testbed.account_table import account_table
 from testbed.predicted import comparison_line
 from testbed.units import format_bytes, format_ms
 
@@ -119,6 +120,8 @@ def run_report(result: Result) -> RenderableType:
     facts.add_row("memory", _integrity(result))
     facts.add_row("recorded in", result.run_dir)
     parts: list[RenderableType] = [rounds] if result.rounds else []
+    if result.account is not None:
+        parts.append(account_table(result.account))
     parts.append(facts)
     if result.reasons:
         parts.append(_complaints(result.scenario, result))

@@ -213,6 +213,13 @@ class SyntheticRun:
                 "wire_tx": wire * 2 if self.fault == "wire_miscounted" else wire,
                 "wire_rx": 1000,
                 "wire_source": "tcp_info",
+                "messages": 2 * len(self._rounds),
+                "tcp": {
+                    "tx_bytes": wire * 2 if self.fault == "wire_miscounted" else wire,
+                    "rx_bytes": 1000,
+                    "retransmitted_bytes": 0,
+                    "unheard": 0,
+                },
             },
             "artefacts": ["source_hashes", "frames", "sent"],
             "engine": {},

@@ -10,7 +10,6 @@ from guest_agent.oracle import ORACLE_RECORD, expectations
 from testbed import run_dir as run_dirs
 from testbed.beats import BEAT, blackout_ns, read_beats
 from testbed.errors import RecordError
-from testbed.framing import message_bounds, wire_bounds
 from testbed.history import History
 from testbed.oracle_log import last_versions, read_logs
 from testbed.record import load
@@ -154,19 +153,3 @@ def test_only_last_versions_are_asked_for_and_they_mean_the_same(tmp_path):
         key: (items.tolist(), versions.tolist()) for key, (items, versions) in expected.items()
     }
     assert last_versions(b"") == b""
-
-
-def test_the_framing_model_explains_what_was_measured():
-    """Counters of a real 1 GiB migration of 263 138 data pages in two rounds, arm none."""
-    messages = message_bounds(263_138, 0, 4096, rounds=2)
-    assert messages.excess(1_079_994_057) == 0
-    assert wire_bounds(1_079_994_057, 263_138, 0, rounds=2).excess(1_080_641_365) == 0
-
-
-@pytest.mark.parametrize("factor", [0.97, 1.03])
-def test_the_framing_model_does_not_explain_three_percent(factor):
-    pages = 263_138
-    messages = message_bounds(pages, 0, 4096, rounds=2)
-    assert messages.excess(int(pages * 4104 * factor)) > 0
-    grpc = pages * 4104
-    assert wire_bounds(grpc, pages, 0, rounds=2).excess(int(grpc * factor)) > 0
