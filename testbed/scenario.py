@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from testbed.balloon_keys import Balloon, balloon_conflicts
+from testbed.host_keys import Hosts
 from testbed.history import Origin
 from testbed.leg_keys import LEGS_MAX, ORIGINS, Leg, leg_conflicts, with_migration_keys
 from testbed.linux_keys import Marker, Rewriter, kind_conflicts, linux_conflicts
@@ -149,14 +150,6 @@ class Guest(Model):
         "ballast"  # "linux": a stock kernel in User-Mode Linux; it only rehearses
     )
     workload: Annotated[tuple[Workload, ...], Field(strict=False, max_length=16)] = ()
-
-
-class Hosts(Model):
-    """Where the hosts live."""
-
-    kind: Literal["local"] = "local"
-    guest_memory_max: Bytes = 0  # neither host takes a larger guest in; 0: as much as the machine has
-    tls: bool = False  # TLS between local hosts as well, with a certificate authority made for the run
 
 
 class Run(Model):

@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 
 from testbed.balloon_keys import Balloon
 from testbed.errors import UsageError
+from testbed.host_keys import host_conflicts
 from testbed.migration_keys import CHECKED_KEYS, Migration
 from testbed.scenario import SECTIONS, WORKLOADS, Guest, Scenario, conflicts, conflicts_of_legs
 from testbed.scenario_model import Model
@@ -89,7 +90,8 @@ def validate(document: Mapping[str, Any]) -> tuple[Scenario | None, list[str]]:
     )
     problems += [f"{path}: {problem}" for path, problem in found]
     if scenario is not None:
-        problems += [f"{path}: {problem}" for path, problem in conflicts_of_legs(scenario)]
+        more = (*conflicts_of_legs(scenario), *host_conflicts(scenario.hosts, scenario.guest.kind, scenario.guest.memory))
+        problems += [f"{path}: {problem}" for path, problem in more]
     return (None if problems else scenario), problems
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from testbed.hosts.port import SHORT_NAMES
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from pathlib import Path, PurePath
 
     from testbed.history import Origin
     from testbed.scenario import Scenario
@@ -25,14 +25,14 @@ ROLES: Final = ("source", "dest")
 class Places:
     """Where a host's processes find and leave things."""
 
-    vhost_socket: Path
-    agent_socket: Path
+    vhost_socket: PurePath
+    agent_socket: PurePath
     control: str
-    node_dir: Path
-    beats: Path
-    oracle: Path
-    markers: Path
-    workloads: Path
+    node_dir: PurePath
+    beats: PurePath
+    oracle: PurePath
+    markers: PurePath
+    workloads: PurePath
 
     @property
     def sockets(self) -> list[str]:
@@ -41,7 +41,7 @@ class Places:
 
 
 def node_arguments(
-    scenario: Scenario, origin: Origin, places: Places, *, migration_address: str, tls_dir: Path | None = None
+    scenario: Scenario, origin: Origin, places: Places, *, migration_address: str, tls_dir: PurePath | None = None
 ) -> list[str]:
     """Module and arguments of a node."""
     return [

@@ -142,7 +142,7 @@ class LocalHosts:
         self._environment = {**os.environ, RUN_LABEL: run_id, RUNTIME_LABEL: str(runtime.path)}
         self._stack = ExitStack()
         self._addresses: dict[Origin, str] = {}
-        self.authority = make_run_authority(run_id, runtime.path / "tls") if scenario.hosts.tls else None
+        self.authority = make_run_authority(run_id, runtime.path / "tls") if scenario.hosts.encrypted else None
         self._certificates: dict[Origin, PemFiles] = {}
         self.hosts: dict[Origin, LocalHost] = {}
 

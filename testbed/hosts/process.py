@@ -116,11 +116,7 @@ class OwnedProcess:
 
     def last_words(self) -> str:
         """What its log ends with: a plain line, or a JSON line's complaint; "" when it complained of nothing."""
-        with self.log.open("rb") as log:
-            log.seek(0, os.SEEK_END)
-            log.seek(max(0, log.tell() - TAIL_BYTES))
-            lines = log.read().decode("utf-8", "replace").strip().splitlines()
-        return _message(lines[-1]) if lines else ""
+        return last_words_of(self.log)
 
     def _watch(self) -> None:
         # Not reaped yet: until then the group's id cannot be given to anybody else.
@@ -130,6 +126,15 @@ class OwnedProcess:
         self._process.wait()
         self._gone.set()
         self._on_exit(self)
+
+
+def last_words_of(path: Path) -> str:
+    """What a log ends with; see `OwnedProcess.last_words`."""
+    with path.open("rb") as log:
+        log.seek(0, os.SEEK_END)
+        log.seek(max(0, log.tell() - TAIL_BYTES))
+        lines = log.read().decode("utf-8", "replace").strip().splitlines()
+    return _message(lines[-1]) if lines else ""
 
 
 def _message(line: str) -> str:
