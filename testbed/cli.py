@@ -80,7 +80,9 @@ def run(
     scenario: ScenarioPath,
     *,
     overrides: Overrides = None,
-    hosts: Annotated[str | None, typer.Option("--hosts", help="local; overrides hosts.kind.")] = None,
+    hosts: Annotated[
+        str | None, typer.Option("--hosts", help="local or docker; overrides hosts.kind.")
+    ] = None,
     out: Out = RUNS,
     seed: Seed = None,
     as_json: Json = False,

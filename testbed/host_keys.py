@@ -48,6 +48,8 @@ def host_conflicts(hosts: Hosts, guest_kind: str, memory_bytes: int) -> Iterator
     if hosts.memory and hosts.memory < memory_bytes:
         yield (
             "hosts.memory",
-            f"{format_bytes(hosts.memory)} cannot hold a {format_bytes(memory_bytes)} guest; "
-            f"{format_bytes(needed)} leave room for the processes",
+            (
+                f"{format_bytes(hosts.memory)} cannot hold a {format_bytes(memory_bytes)} guest; "
+                f"{format_bytes(needed)} leave room for the processes"
+            ),
         )

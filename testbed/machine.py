@@ -71,6 +71,11 @@ def lacks(scenario: Scenario) -> Iterator[str]:
         yield f"guest memory and sockets need Linux, this is {sys.platform}"
         return
     needed, available = needed_bytes(scenario), available_bytes()
+    if scenario.hosts.kind == "docker":
+        from testbed.hosts import docker_machine  # noqa: PLC0415 - the SDK is slow to import
+
+        yield from docker_machine.lacks(scenario, needed_bytes=needed, available_bytes=available)
+        return
     if needed > available:
         yield (
             f"a {format_bytes(scenario.guest.memory)} guest on two hosts needs {format_bytes(needed)} of "

@@ -59,6 +59,8 @@ class JsonLines:
 # What is happening from this event on, in a human's words.
 STEPS: Final = {
     "run_started": "starting two hosts",
+    "image_build_started": "building the image of the hosts (once)",
+    "image_built": "starting two hosts",
     "node_described": "the guest boots",
     "guest_ready": "the guest settles",
     "migration_requested": "setting up",
@@ -71,6 +73,9 @@ STEPS: Final = {
     "interrupted": "cancelling (once more: hurry)",
     "run_broken": "taking everything down",
 }
+
+
+STEP_CHARACTERS: Final = 60
 
 
 class Speedometer:
@@ -104,6 +109,8 @@ class TerminalLines:
             fields = event.fields
             if event.name in STEPS:
                 self._progress.update(task, step=STEPS[event.name], detail="")
+            elif event.name == "image_build_step":
+                self._progress.update(task, detail=str(fields["step"])[:STEP_CHARACTERS])
             elif event.name == "round_started":
                 total = fields["candidate_pages"]
                 self._progress.update(

@@ -12,8 +12,8 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from testbed.balloon_keys import Balloon, balloon_conflicts
-from testbed.host_keys import Hosts
 from testbed.history import Origin
+from testbed.host_keys import Hosts
 from testbed.leg_keys import LEGS_MAX, ORIGINS, Leg, leg_conflicts, with_migration_keys
 from testbed.linux_keys import Marker, Rewriter, kind_conflicts, linux_conflicts
 from testbed.migration_keys import Migration, migration_conflicts

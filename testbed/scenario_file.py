@@ -90,7 +90,10 @@ def validate(document: Mapping[str, Any]) -> tuple[Scenario | None, list[str]]:
     )
     problems += [f"{path}: {problem}" for path, problem in found]
     if scenario is not None:
-        more = (*conflicts_of_legs(scenario), *host_conflicts(scenario.hosts, scenario.guest.kind, scenario.guest.memory))
+        more = (
+            *conflicts_of_legs(scenario),
+            *host_conflicts(scenario.hosts, scenario.guest.kind, scenario.guest.memory),
+        )
         problems += [f"{path}: {problem}" for path, problem in more]
     return (None if problems else scenario), problems
 

@@ -41,7 +41,12 @@ class Places:
 
 
 def node_arguments(
-    scenario: Scenario, origin: Origin, places: Places, *, migration_address: str, tls_dir: PurePath | None = None
+    scenario: Scenario,
+    origin: Origin,
+    places: Places,
+    *,
+    migration_address: str,
+    tls_dir: PurePath | None = None,
 ) -> list[str]:
     """Module and arguments of a node."""
     return [

@@ -1,8 +1,8 @@
 """The container that is a host: small, without privileges, and on the run's network with an address of its own.
 
-Rule 1: everything runs as an ordinary user, without capabilities, on a read-only root, and can gain nothing. One
-        word is said as root, without capabilities: the container's own /dev/userfaultfd is opened to its user.
-Rule 2: its first process only waits: node and agent are started beside it, so that each can die and come back alone.
+Rule 1: everything runs as an ordinary user, without capabilities, on a read-only root, and can gain nothing.
+        One word is said as root, without capabilities: the container's own /dev/userfaultfd is opened to its user.
+Rule 2: its first process only waits: node and agent are started beside it, so that each can die and come back.
 Rule 3: what was disconnected is connected again with the same address.
 """
 
@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 DEVICE: Final = Path("/dev/userfaultfd")
 OPEN_DEVICE: Final = f"[ ! -c {DEVICE} ] || chmod 0666 {DEVICE}"
 DATA: Final = "/var/lib/ballast"  # the node's own directory, and what the agent writes
+TLS: Final = "/run/ballast-tls"
 WAIT: Final = ["sleep", "infinity"]
 NANO: Final = 1_000_000_000
 PIDS_MAX: Final = 512
 UNLIMITED: Final = -1
 # A process that is root here becomes this one inside: an id that no user of the machine has.
 NOBODY_ELSES_ID: Final = 10001
-OOM_COUNTS: Final = "cat /sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control 2>/dev/null || true"
+OOM_COUNTS: Final = (
+    "cat /sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control 2>/dev/null || true"
+)
 
 
 def inside_user() -> int:

@@ -2,8 +2,8 @@
 
 Rule 1: a host is one container with a node process and a guest agent; directories and sockets of this machine are
         shared with it, so that its control channel is a unix socket that no fault of the network touches.
-Rule 2: everything that is made carries the run's labels and is removed when the run ends, in reverse; what a kill of
-        this process leaves is found by those labels (`ballast clean`).
+Rule 2: everything that is made carries the run's labels and is removed when the run ends, in reverse; what a kill
+        of this process leaves is found by those labels (`ballast clean`).
 Rule 3: a process that ended by itself is a fact in the history, and so is memory that was spent.
 """
 
@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from docker.errors import APIError
 from docker.types import IPAMConfig, IPAMPool
 
+from testbed.certificates import make_run_authority
 from testbed.errors import RunBrokenError
 from testbed.hosts import labels, subnets
 from testbed.hosts.command_lines import Places, agent_arguments, node_arguments, write_workloads
-from testbed.hosts.container import DATA, RunContainer, inside_user
+from testbed.hosts.container import DATA, TLS, RunContainer, inside_user
 from testbed.hosts.container_process import INSIDE, ContainerProcess
 from testbed.hosts.engine import Engine, connect, innermost, told
 from testbed.hosts.image import ensure
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from testbed.certificates import PemFiles
     from testbed.history import History, Origin
     from testbed.hosts.runtime_dir import RuntimeDir
     from testbed.interrupt import Interrupt
@@ -82,6 +84,9 @@ class DockerHosts:
         self._runtime = runtime
         self._history = history
         self._interrupt = interrupt
+        self._authority = (
+            make_run_authority(run_id, runtime.path / "tls") if scenario.hosts.encrypted else None
+        )
         self._stack = ExitStack()
         self.hosts: dict[Origin, DockerHost] = {}
 
@@ -107,7 +112,9 @@ class DockerHosts:
             stack.callback(self._remove_network, network)
             stack.callback(self._own_again)
             for origin, address in reversed(addresses.items()):
-                self.hosts[origin] = self._start(stack, engine, image, origin, network, address)
+                self.hosts[origin] = self._start(
+                    stack, origin, engine=engine, image=image, network=network, address=address
+                )
             for host in self.hosts.values():
                 self._wait_for(host)
             self._stack = stack.pop_all()
@@ -140,10 +147,10 @@ class DockerHosts:
                 continue
             self._history.note("network_made", network=network.name, subnet=str(subnet))
             origins = origins_of(self._scenario)
-            return network, {
-                origin: str(subnet[FIRST_HOST + index]) for index, origin in enumerate(origins)
-            }
-        raise RunBrokenError(f"the run's network cannot be made: {'; '.join(refusals) or 'no subnet is free'}")
+            return network, {origin: str(subnet[FIRST_HOST + index]) for index, origin in enumerate(origins)}
+        raise RunBrokenError(
+            f"the run's network cannot be made: {'; '.join(refusals) or 'no subnet is free'}"
+        )
 
     def _remove_network(self, network: Any) -> None:
         with told(f"the network {network.name} cannot be removed"):
@@ -152,27 +159,33 @@ class DockerHosts:
     # -- hosts ---------------------------------------------------------------------------------
 
     def _start(
-        self, stack: ExitStack, engine: Engine, image: str, origin: Origin, network: Any, address: str
+        self, stack: ExitStack, origin: Origin, *, engine: Engine, image: str, network: Any, address: str
     ) -> DockerHost:
-        shared, data = self._directories(origin)
+        mounts, tls = self._directories(origin)
         container = RunContainer.run(
             engine, image, f"ballast-{self._run_id}-{SHORT_NAMES[origin]}",
             scenario=self._scenario, network=network, address=address,
             labels=labels.of_run(self._run_id, self._runtime.path, origin),
-            mounts={shared: INSIDE, data: DATA}, ports={},
+            mounts=mounts, ports={},
         )  # fmt: skip
         stack.callback(container.remove)
         self._history.note("container_started", host=origin, container=container.name, address=address)
-        client = NodeClient(origin, f"unix:{shared / 'control.sock'}", self._history)
+        client = NodeClient(
+            origin, f"unix:{self._runtime.path / SHORT_NAMES[origin] / 'control.sock'}", self._history
+        )
         migration_address = f"{address}:{MIGRATION_PORT}"
         places = _places()
         agent = self._process(f"{origin}-agent", container, lambda again: agent_arguments(
             self._scenario, origin, places, standby=again or origin != "source"
         ))  # fmt: skip
         node = self._process(f"{origin}-node", container, lambda _: node_arguments(
-            self._scenario, origin, places, migration_address=migration_address
+            self._scenario, origin, places, migration_address=migration_address,
+            tls_dir=None if tls is None else PurePosixPath(TLS),
         ))  # fmt: skip
-        host = DockerHost(origin, node, agent, client, container, migration_address)
+        host = DockerHost(
+            origin, node, agent, client, container, migration_address,
+            server_name="" if tls is None else tls.server_name,
+        )  # fmt: skip
         node.wait_until_ready = lambda: self._wait_until_serving(host)
         container.on_start = lambda: self._start_again(host)
         stack.callback(self._end_processes, host)
@@ -180,8 +193,8 @@ class DockerHosts:
         stack.callback(self._end_node, host)
         return host
 
-    def _directories(self, origin: Origin) -> tuple[Path, Path]:
-        """(for sockets, for evidence): shared with the container, and the evidence where every run has it."""
+    def _directories(self, origin: Origin) -> tuple[dict[Path, str], PemFiles | None]:
+        """What the container shares with this machine, sockets and evidence, and its certificate."""
         shared = self._runtime.path / SHORT_NAMES[origin]
         data = self._run_dir.node(origin)
         for path in (shared, data):
@@ -190,9 +203,13 @@ class DockerHosts:
             write_workloads(self._scenario, data / "workloads.json")
         for kind in ("beats", "oracle"):
             self._run_dir.artefact(f"{origin}.{kind}").symlink_to(f"../nodes/{origin}/{kind}")
-        for path in (shared, data, *data.iterdir()):
+        mounts = {shared: INSIDE, data: DATA}
+        tls = None if self._authority is None else self._authority.issue(SHORT_NAMES[origin])
+        if tls is not None:
+            mounts[tls.directory] = TLS
+        for path in [*mounts, *(file for directory in mounts for file in directory.iterdir())]:
             _give(path, inside_user())
-        return shared, data
+        return mounts, tls
 
     def _process(self, name: str, container: RunContainer, command: Any) -> ContainerProcess:
         user = inside_user()
@@ -203,9 +220,7 @@ class DockerHosts:
             user=f"{user}:{user}",
             local=container.engine.local,
             log=self._run_dir.logs / f"{name}.log",
-            on_start=lambda process: self._history.note(
-                "process_started", process=process.name, pid=process.pid
-            ),
+            on_start=self._started,
             on_exit=lambda process: self._exited(process, container),
         )
 
@@ -253,6 +268,9 @@ class DockerHosts:
             host.container.kill()
         for process in (host.node, host.agent):
             process.join()
+
+    def _started(self, process: ContainerProcess) -> None:
+        self._history.note("process_started", process=process.name, pid=process.pid)
 
     def _exited(self, process: ContainerProcess, container: RunContainer) -> None:
         self._history.note(

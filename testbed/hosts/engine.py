@@ -1,6 +1,7 @@
 """A Docker engine: reached by context or DOCKER_HOST, or one line that says why not and what to do.
 
-Rule 1: a named context is that context; without a name DOCKER_HOST decides, then the current context, as for `docker`.
+Rule 1: a named context is that context; without a name DOCKER_HOST decides, then the current context, as `docker`
+        does.
 Rule 2: the version of the API is negotiated with every engine.
 Rule 3: an engine is on this machine when it is reached by a unix socket: then directories can be shared with its
         containers, and their processes and network namespaces are seen from here.
@@ -12,6 +13,7 @@ import os
 import socket
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -31,7 +33,9 @@ CALL_S: Final = 60
 LOOK_S: Final = 3
 UNIX: Final = "unix://"
 DEFAULT_SOCKET: Final = "unix:///var/run/docker.sock"  # the engine's own default
-HOW_TO_GET_ONE: Final = "start a Docker engine (as root: apt-get install docker.io iptables), or set DOCKER_HOST"
+HOW_TO_GET_ONE: Final = (
+    "start a Docker engine (as root: apt-get install docker.io iptables), or set DOCKER_HOST"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +118,16 @@ def innermost(error: BaseException) -> str:
 
 def _endpoint(context: str) -> tuple[str, TLSConfig | bool]:
     if not context and (chosen := os.environ.get("DOCKER_HOST")):
-        folder = os.environ.get("DOCKER_CERT_PATH", "")
-        if not (os.environ.get("DOCKER_TLS_VERIFY") or folder):
+        told_folder, verify = os.environ.get("DOCKER_CERT_PATH"), bool(os.environ.get("DOCKER_TLS_VERIFY"))
+        if not (verify or told_folder):
             return chosen, False
-        folder = folder or os.path.expanduser("~/.docker")
-        certificates = (os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem"))
-        verified = os.path.join(folder, "ca.pem") if os.environ.get("DOCKER_TLS_VERIFY") else False
-        return chosen, TLSConfig(client_cert=certificates, ca_cert=verified or None, verify=bool(verified))
+        folder = Path(told_folder or Path.home() / ".docker")
+        certificates = (str(folder / "cert.pem"), str(folder / "key.pem"))
+        ca = str(folder / "ca.pem") if verify else None
+        return chosen, TLSConfig(client_cert=certificates, ca_cert=ca, verify=verify)
     try:
         found: Any = ContextAPI.get_context(context or None)
-    except Exception as error:  # noqa: BLE001 - the SDK lets JSON and TLS errors of broken contexts out as they come
+    except Exception as error:  # the SDK lets errors of broken contexts out as they come
         raise UsageError(f"the Docker context '{context or 'current'}' cannot be read: {error}") from error
     if found is None:
         known = ", ".join(sorted(one.Name for one in ContextAPI.contexts()))
@@ -142,8 +146,8 @@ def _look(address: str) -> None:
             connection.connect(path)
     except PermissionError as error:
         raise MachineCannotError(
-            f"{path}: you may not use this engine; join its group (usually: sudo usermod -aG docker $USER, then log "
-            "in again), or be root"
+            f"{path}: you may not use this engine; join its group (usually: sudo usermod -aG docker $USER, then "
+            "log in again), or be root"
         ) from error
     except OSError as error:
         raise MachineCannotError(

@@ -9,6 +9,7 @@ Rule 3: a build says what it does, step by step; when it fails, the last lines o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import tarfile
@@ -32,11 +33,19 @@ SOURCES_LABEL: Final = "ballast.sources"
 BASE_LABEL: Final = "ballast.base"
 MADE_BASE: Final = "ballast-base:bookworm"  # deploy/make-base-image
 PULLED_BASE: Final = "python:3.12-slim"  # the Dockerfile's own default
-SINGLE_FILES: Final = ("pyproject.toml", "README.md", "LICENSE", "deploy/Dockerfile", "deploy/host-entrypoint")
+SINGLE_FILES: Final = (
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "deploy/Dockerfile",
+    "deploy/host-entrypoint",
+)
+WORDS: Final = ("README.md", "LICENSE")  # the build asks for them; what they say changes no image
 SUFFIXES: Final = {".py", ".pyi", ".typed", ".toml"}
 WHEELHOUSE: Final = "deploy/wheelhouse"
 DIGEST_CHARACTERS: Final = 16
 LAST_LINES: Final = 6
+KEPT_IMAGES: Final = 8
 BUILD_S: Final = 1800
 
 
@@ -58,7 +67,9 @@ class ImageSources:
             )
         project = tomllib.loads((self.root / "pyproject.toml").read_text(encoding="utf-8"))
         packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
-        found = [path for name in packages for path in (self.root / name).rglob("*") if path.suffix in SUFFIXES]
+        found = [
+            path for name in packages for path in (self.root / name).rglob("*") if path.suffix in SUFFIXES
+        ]
         return [Path(name) for name in SINGLE_FILES] + sorted(path.relative_to(self.root) for path in found)
 
     def wheels(self) -> list[Path]:
@@ -69,6 +80,8 @@ class ImageSources:
         """Of the sources and the base's name."""
         hashed = hashlib.sha256(base.encode())
         for path in self.files():
+            if path.name in WORDS:
+                continue
             hashed.update(f"\0{path}\0".encode())
             hashed.update((self.root / path).read_bytes())
         return hashed.hexdigest()[:DIGEST_CHARACTERS]
@@ -129,7 +142,7 @@ def ensure(client: DockerClient, say: Callable[..., object], sources: ImageSourc
         except (DockerException, OSError) as error:
             raise MachineCannotError(_refusal(error, base, sources)) from error
     say("image_built", image=reference)
-    _forget_older(client, reference)
+    _forget_older(client)
     return reference
 
 
@@ -152,8 +165,11 @@ def _lines(step: dict[str, Any]) -> Iterator[str]:
 
 def _refusal(error: Exception, base: str, sources: ImageSources) -> str:
     text = " ".join(str(getattr(error, "msg", error)).split())
-    if base == PULLED_BASE and ("pull" in text or "manifest" in text or "dial tcp" in text or "lookup" in text):
-        return f"the image could not be built from {base}: {text}; where nothing can be pulled: deploy/make-base-image"
+    if base == PULLED_BASE and (
+        "pull" in text or "manifest" in text or "dial tcp" in text or "lookup" in text
+    ):
+        remedy = "where nothing can be pulled: deploy/make-base-image"
+        return f"the image could not be built from {base}: {text}; {remedy}"
     if sources.wheels():
         remedy = "deploy/make-wheelhouse fetches the packages again when the dependencies changed"
     else:
@@ -161,15 +177,13 @@ def _refusal(error: Exception, base: str, sources: ImageSources) -> str:
     return f"the image could not be built: {text}; {remedy}"
 
 
-def _forget_older(client: DockerClient, reference: str) -> None:
-    """Images of older sources, as far as no container uses them: each is as large as this one."""
-    for image in client.images.list(REPOSITORY, filters={"label": SOURCES_LABEL}):
-        for tag in image.tags:
-            if tag != reference:
-                try:
-                    client.images.remove(tag)
-                except DockerException:  # in use by a run of an older checkout: it stays until that is over
-                    continue
+def _forget_older(client: DockerClient) -> None:
+    """Images of older sources beyond a few, which other checkouts may be using; layers are shared between them."""
+    images = client.images.list(REPOSITORY, filters={"label": SOURCES_LABEL})
+    newest_first = sorted(images, key=lambda image: str(image.attrs["Created"]), reverse=True)
+    for tag in (tag for image in newest_first[KEPT_IMAGES:] for tag in image.tags):
+        with contextlib.suppress(DockerException):  # a container still uses it
+            client.images.remove(tag)
 
 
 def _labels(client: DockerClient, reference: str) -> dict[str, str] | None:

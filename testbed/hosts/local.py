@@ -142,7 +142,9 @@ class LocalHosts:
         self._environment = {**os.environ, RUN_LABEL: run_id, RUNTIME_LABEL: str(runtime.path)}
         self._stack = ExitStack()
         self._addresses: dict[Origin, str] = {}
-        self.authority = make_run_authority(run_id, runtime.path / "tls") if scenario.hosts.encrypted else None
+        self.authority = (
+            make_run_authority(run_id, runtime.path / "tls") if scenario.hosts.encrypted else None
+        )
         self._certificates: dict[Origin, PemFiles] = {}
         self.hosts: dict[Origin, LocalHost] = {}
 
@@ -174,9 +176,9 @@ class LocalHosts:
 
     def _start(self, stack: ExitStack, origin: Origin) -> tuple[LocalProcess, LocalProcess, NodeClient]:
         places = self._places(origin)
-        places.node_dir.mkdir()
+        self._run_dir.node(origin).mkdir()
         if origin == "source":
-            write_workloads(self._scenario, places.workloads)
+            write_workloads(self._scenario, self._run_dir.path / "workloads.json")
         stack.callback(self._end_groups)
         if self.authority is not None:
             self._certificates[origin] = self.authority.issue(SHORT_NAMES[origin])

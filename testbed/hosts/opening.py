@@ -25,9 +25,12 @@ def open_hosts(
     interrupt: Interrupt,
 ) -> Hosts:
     """The hosts, not started yet: entering them starts them, leaving them undoes everything."""
-    kind: type[Hosts] = LocalHosts
     if scenario.hosts.kind == "docker":
         from testbed.hosts.docker_hosts import DockerHosts  # noqa: PLC0415 - the SDK is slow to import
 
-        kind = DockerHosts
-    return kind(scenario, run_id, run_dir=run_dir, runtime=runtime, history=history, interrupt=interrupt)
+        return DockerHosts(
+            scenario, run_id, run_dir=run_dir, runtime=runtime, history=history, interrupt=interrupt
+        )
+    return LocalHosts(
+        scenario, run_id, run_dir=run_dir, runtime=runtime, history=history, interrupt=interrupt
+    )

@@ -170,7 +170,7 @@ def test_toml_that_does_not_parse_is_one_line():
         ("migration.rounds_max=0", "migration.rounds_max"),
         ("run.run_on=0ms", "run.run_on"),
         ("seed=-1", "seed"),
-        ("hosts.kind=docker", "hosts.kind"),
+        ("hosts.kind=pods", "hosts.kind"),
         ("engine=qemu", "engine"),
         ("name=../up", "name"),
     ],
