@@ -167,8 +167,10 @@ class NodeService(node_pb2_grpc.NodeServicer):
     def MeasureDirtyRate(  # noqa: N802
         self, request: node_pb2.DirtyRateRequest, context: grpc.ServicerContext
     ) -> node_pb2.DirtyRateReply:
-        """Not served yet."""
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "the dirty rate is not measured yet")
+        """Blocks for as long as it measures."""
+        role = self._giver(context)
+        with told(context):
+            return role.measure_dirty_rate(request.period_ms, request.periods)
 
     def ArmPoint(  # noqa: N802
         self, request: node_pb2.ArmPointRequest, context: grpc.ServicerContext

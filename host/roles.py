@@ -64,6 +64,9 @@ class GivesGuestsAway(Protocol):
     def cancel(self, reason: str) -> tuple[bool, str]:
         """(whether it can still be effective, the phase)."""
 
+    def measure_dirty_rate(self, period_ms: int, periods: int) -> node_pb2.DirtyRateReply:
+        """See the schema; raises RoleRefused or ValueError (a bad field)."""
+
 
 def load_role(name: str, context: HostContext) -> Role:
     """Makes the role `name` for this host.

@@ -6,6 +6,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+from host.dirty_rate import check_periods
 from host.roles import RoleRefused
 from host.trackers import choose
 from migration.events import Skip
@@ -13,6 +14,7 @@ from migration.identity import AttemptKey
 from migration.partition import STREAMS_MAX
 from migration.rounds import Limits
 from source_node.destination import Destination
+from source_node.dirty_rate import measured_dirty_rate
 from source_node.migration_run import MigrationRun
 from source_node.order import Order, compression_of, limits_of
 from source_node.page_stream import default_streams
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from host.agent_link import Hello
     from host.context import HostContext
     from migration.pb import node_pb2
 
@@ -42,6 +45,8 @@ class SourceRole:
         self._host = host
         self._lock = threading.Lock()
         self._run: MigrationRun | None = None
+        self._measuring = False  # the dirty log is read by somebody else than a migration
+        self._stopping = threading.Event()
         self._burned: list[
             tuple[AttemptKey, str]
         ] = []  # aborted by a restart; their destinations do not know yet
@@ -116,8 +121,7 @@ class SourceRole:
         """
         order = self._order(request)
         with self._lock:
-            if self._run is not None and not self._run.ended:
-                raise RoleRefused(f"migration {self._run.order.key} is still under way")
+            self._require_idle()
             self._run = MigrationRun(self._host, order)
             self._run.start()
 
@@ -128,6 +132,38 @@ class SourceRole:
                 raise RoleRefused("no migration is under way")
             return self._run.cancel(reason or "cancelled by request")
 
+    def measure_dirty_rate(self, period_ms: int, periods: int) -> node_pb2.DirtyRateReply:
+        """How fast the running guest dirties memory. No migration may begin meanwhile: there is one dirty log.
+
+        Raises:
+            ValueError: a field of the request is not possible.
+            RoleRefused: the host's or the guest's state does not allow it.
+        """
+        check_periods(period_ms, periods)
+        with self._lock:
+            self._require_idle()
+            self._running_guest()
+            self._measuring = True
+        try:
+            return measured_dirty_rate(self._host, period_ms, periods, self._stopping)
+        finally:
+            self._measuring = False
+
+    def _require_idle(self) -> None:
+        if self._run is not None and not self._run.ended:
+            raise RoleRefused(f"migration {self._run.order.key} is still under way")
+        if self._measuring:
+            raise RoleRefused("the guest's dirty rate is being measured")
+
+    def _running_guest(self) -> Hello:
+        guest = self._host.guest
+        if not guest.ready or guest.ram is None:
+            raise RoleRefused("no running guest on this host")
+        hello = guest.hello()
+        if hello.state != "running":
+            raise RoleRefused(f"the guest is {hello.state}, not running")
+        return hello
+
     def artefact(self, name: str) -> Path | None:
         """Files that a completed migration left."""
         path = self._host.artefacts_dir / name
@@ -135,6 +171,7 @@ class SourceRole:
 
     def stop(self) -> None:
         """Cancel what is under way and wait for its end, for a bounded time."""
+        self._stopping.set()
         with self._lock:
             run = self._run
         if run is not None:
@@ -142,12 +179,7 @@ class SourceRole:
             run.join(STOP_TIMEOUT_S)
 
     def _order(self, request: node_pb2.MigrateRequest) -> Order:
-        guest = self._host.guest
-        if not guest.ready or guest.ram is None:
-            raise RoleRefused("no running guest on this host")
-        hello = guest.hello()
-        if hello.state != "running":
-            raise RoleRefused(f"the guest is {hello.state}, not running")
+        hello, guest = self._running_guest(), self._host.guest
         skip = Skip(request.skip)
         if request.integrity not in INTEGRITY:
             raise ValueError(f"integrity {request.integrity!r} is none of {', '.join(INTEGRITY)}")

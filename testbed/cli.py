@@ -152,6 +152,41 @@ def compare(
 
 
 @app.command()
+def dirtyrate(
+    scenario: ScenarioPath,
+    *,
+    period: Annotated[str, typer.Option("--period", help="Of one sample.")] = "250ms",
+    periods: Annotated[int, typer.Option("--periods", min=1, help="How many samples.")] = 8,
+    rate: Annotated[
+        str, typer.Option("--rate", help="What the link carries, where migration.bandwidth is no limit.")
+    ] = "",
+    overrides: Overrides = None,
+    hosts: Annotated[str | None, typer.Option("--hosts", help="local; overrides hosts.kind.")] = None,
+    out: Out = RUNS,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how fast a scenario's guest dirties memory, and predict its migration for each arm."""
+    with _told():
+        from testbed.dirty_rate import dirty_rate_report, parsed_period_ms, parsed_rate, run_dirty_rate
+        from testbed.interrupt import Interrupt
+        from testbed.progress import display
+        from testbed.scenario_file import load
+
+        chosen = load(scenario, overrides or (), _unnamed(seed, hosts))
+        period_ms, told = parsed_period_ms(period), parsed_rate(rate)
+        with Interrupt() as interrupt, display() as shown:
+            measured = run_dirty_rate(
+                chosen, out, interrupt, shown.begin(chosen.name),
+                period_ms=period_ms, periods=periods, rate_bytes_per_s=told,
+            )  # fmt: skip
+        if as_json:
+            _print_json(measured.to_dict())
+        else:
+            _print(dirty_rate_report(measured))
+
+
+@app.command()
 def check(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A directory under runs/.")],
     as_json: Json = False,

@@ -107,6 +107,12 @@ class NodeClient:
         """Starts a migration."""
         self._call("Migrate", lambda: self._stub.Migrate(request, timeout=CALL_S))
 
+    def measure_dirty_rate(self, period_ms: int, periods: int) -> node_pb2.DirtyRateReply:
+        """Has the guest's writing measured; takes as long as the periods."""
+        request = node_pb2.DirtyRateRequest(period_ms=period_ms, periods=periods)
+        timeout_s = CALL_S + period_ms * periods / 1e3
+        return self._call("MeasureDirtyRate", lambda: self._stub.MeasureDirtyRate(request, timeout=timeout_s))
+
     def cancel(self, reason: str) -> node_pb2.CancelReply:
         """Asks the running migration to stop."""
         request = node_pb2.CancelRequest(reason=reason)

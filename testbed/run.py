@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from testbed import machine
 from testbed.checkers import Judgement, judge
-from testbed.errors import InterruptedRunError, RunBrokenError
+from testbed.errors import InterruptedRunError, RunBrokenError, TestbedError
 from testbed.history import History
 from testbed.hosts.opening import open_hosts
 from testbed.hosts.runtime_dir import RuntimeDir
@@ -54,6 +54,25 @@ def run_scenario(
     Raises:
         MachineCannotError, UsageError: nothing was started.
     """
+    run_dir, _ = record_run(scenario, out, interrupt, watch, Session.run)
+    return conclude(run_dir)
+
+
+def record_run(
+    scenario: Scenario,
+    out: Path,
+    interrupt: Interrupt,
+    watch: Callable[[Event], None],
+    drive: Callable[[Session], None],
+) -> tuple[RunDir, TestbedError | None]:
+    """Starts the scenario's hosts, has `drive` do something with them, and undoes everything.
+
+    Returns:
+        the run's directory with its history, and what broke off the drive (also in the history), if anything.
+
+    Raises:
+        MachineCannotError, UsageError: nothing was started.
+    """
     machine.require(scenario)
     run_id = secrets.token_hex(4)
     run_dir = create(out, scenario.name, scenario.seed)
@@ -67,8 +86,19 @@ def run_scenario(
             "machine": machine.facts(),
         },
     )
-    _record(scenario, run_id, run_dir, interrupt, watch)
-    return conclude(run_dir)
+    with ExitStack() as stack:
+        history = History(run_dir.events)
+        stack.callback(history.close)
+        history.subscribe(watch)
+
+        def pressed() -> None:
+            history.note("interrupted", hurry=interrupt.hurried)
+
+        interrupt.listen(pressed)
+        stack.callback(interrupt.ignore, pressed)
+        broken = _drive(scenario, run_id, run_dir=run_dir, interrupt=interrupt, history=history, drive=drive)
+        history.note("run_ended")
+    return run_dir, broken
 
 
 def conclude(run_dir: RunDir) -> FinishedRun:
@@ -82,26 +112,22 @@ def conclude(run_dir: RunDir) -> FinishedRun:
     return FinishedRun(run_dir, result, judgement)
 
 
-def _record(
-    scenario: Scenario, run_id: str, run_dir: RunDir, interrupt: Interrupt, watch: Callable[[Event], None]
-) -> None:
-    with ExitStack() as stack:
-        history = History(run_dir.events)
-        stack.callback(history.close)
-        history.subscribe(watch)
-
-        def pressed() -> None:
-            history.note("interrupted", hurry=interrupt.hurried)
-
-        interrupt.listen(pressed)
-        stack.callback(interrupt.ignore, pressed)
-        runtime = RuntimeDir(run_id)
-        stack.callback(runtime.remove)
+def _drive(
+    scenario: Scenario,
+    run_id: str,
+    *,
+    run_dir: RunDir,
+    interrupt: Interrupt,
+    history: History,
+    drive: Callable[[Session], None],
+) -> TestbedError | None:
+    runtime = RuntimeDir(run_id)
+    try:
         history.note("run_started", run=run_id, scenario=scenario.name, seed=scenario.seed)
-        try:
-            with open_hosts(
-                scenario, run_id, run_dir=run_dir, runtime=runtime, history=history, interrupt=interrupt
-            ) as hosts:
+        with open_hosts(
+            scenario, run_id, run_dir=run_dir, runtime=runtime, history=history, interrupt=interrupt
+        ) as hosts:
+            drive(
                 Session(
                     scenario,
                     migration=f"{scenario.name}-{run_id}",
@@ -109,9 +135,14 @@ def _record(
                     run_dir=run_dir,
                     history=history,
                     interrupt=interrupt,
-                ).run()
-        except RunBrokenError as error:
-            history.note("run_broken", reason=str(error))
-        except InterruptedRunError as error:
-            history.note("run_cut_short", reason=str(error))
-        history.note("run_ended")
+                )
+            )
+    except RunBrokenError as error:
+        history.note("run_broken", reason=str(error))
+        return error
+    except InterruptedRunError as error:
+        history.note("run_cut_short", reason=str(error))
+        return error
+    finally:
+        runtime.remove()
+    return None

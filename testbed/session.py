@@ -63,16 +63,25 @@ class Session:
 
     def run(self) -> None:
         """The whole way. Raises RunBrokenError or InterruptedRunError where it cannot go on."""
-        self._boot()
-        self._inflate()
-        self._interrupt.pause(self._scenario.run.settle / 1000)
-        self._unless_interrupted()
+        self.settle()
         ended = self._migrate()
         owner = self._owner_after(str(ended.fields["outcome"]))
         if owner is not None:
             self._check_where_it_is(owner)
         self._collect(ended)
         self._note_final_states()
+
+    def settle(self) -> None:
+        """The guest boots, inflates its balloon and works for a while. Raises as `run`."""
+        self._boot()
+        self._inflate()
+        self._interrupt.pause(self._scenario.run.settle / 1000)
+        self._unless_interrupted()
+
+    def measure_dirty_rate(self, period_ms: int, periods: int) -> node_pb2.DirtyRateReply:
+        """Of the settled guest. Raises as `run`."""
+        self.settle()
+        return self._hosts.source.client.measure_dirty_rate(period_ms, periods)
 
     def _boot(self) -> None:
         self._await(

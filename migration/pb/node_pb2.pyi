@@ -592,12 +592,21 @@ class DirtyRateReply(_message.Message):
     WORKING_SET_PAGES_FIELD_NUMBER: _builtins.int
     HINTABLE_PAGES_FIELD_NUMBER: _builtins.int
     POPULATED_PAGES_FIELD_NUMBER: _builtins.int
+    CUMULATIVE_PAGES_FIELD_NUMBER: _builtins.int
+    BALLOONED_PAGES_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
+    TRACKER_FIELD_NUMBER: _builtins.int
     working_set_pages: _builtins.int
     """pages written in any of the periods"""
     hintable_pages: _builtins.int
     """free pages now: what hints would skip"""
     populated_pages: _builtins.int
     """not holes"""
+    ballooned_pages: _builtins.int
+    """of the holes, those in the balloon"""
+    pages: _builtins.int
+    tracker: _builtins.str
+    """uffd | hash"""
     @_builtins.property
     def dirtied_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """per period"""
@@ -605,6 +614,10 @@ class DirtyRateReply(_message.Message):
     @_builtins.property
     def period_ms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """how long each took"""
+
+    @_builtins.property
+    def cumulative_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """distinct pages in the first k periods"""
 
     def __init__(
         self,
@@ -614,10 +627,14 @@ class DirtyRateReply(_message.Message):
         working_set_pages: _builtins.int = ...,
         hintable_pages: _builtins.int = ...,
         populated_pages: _builtins.int = ...,
+        cumulative_pages: _abc.Iterable[_builtins.int] | None = ...,
+        ballooned_pages: _builtins.int = ...,
+        pages: _builtins.int = ...,
+        tracker: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dirtied_pages", b"dirtied_pages", "hintable_pages", b"hintable_pages", "period_ms", b"period_ms", "populated_pages", b"populated_pages", "working_set_pages", b"working_set_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ballooned_pages", b"ballooned_pages", "cumulative_pages", b"cumulative_pages", "dirtied_pages", b"dirtied_pages", "hintable_pages", b"hintable_pages", "pages", b"pages", "period_ms", b"period_ms", "populated_pages", b"populated_pages", "tracker", b"tracker", "working_set_pages", b"working_set_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,88 @@
+"""A guest whose dirty rate was measured migrates as any other: nothing is forgotten, its balloon does not cross."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+
+from testbed.errors import RunBrokenError
+from testbed.interrupt import Interrupt
+from testbed.machine import lacks
+from testbed.run import conclude, record_run
+from testbed.scenario import Scenario
+
+BALLOONED = 8192
+SCENARIO = Scenario.model_validate({
+    "name": "measured", "guest": {"memory": "128MiB", "workload": [
+        {"name": "freed", "fraction": 0.5, "keep": 0.1},
+        {"name": "writer", "rate": "4000pages/s", "working_set": "4MiB"},
+    ]},
+    "balloon": {"num_pages": BALLOONED},
+    "migration": {"skip": "hint", "bandwidth": "60MB/s", "downtime_limit": "10ms"},
+    "run": {"settle": "20ms", "run_on": "60ms"},
+})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    if missing := list(lacks(SCENARIO)):
+        pytest.skip("; ".join(missing))
+    replies, refusals = [], []
+
+    def drive(session):
+        replies.append(session.measure_dirty_rate(50, 3))
+        hosts = session._hosts
+
+        def during(event):
+            if event.name == "round_started" and not refusals:
+                with suppress(RunBrokenError):
+                    hosts.source.client.measure_dirty_rate(10, 1)
+                    refusals.append("none")
+                    return
+                refusals.append("refused")
+
+        session._history.subscribe(during)
+        session.run()
+
+    with Interrupt() as interrupt:
+        run_dir, broken = record_run(
+            SCENARIO, tmp_path_factory.mktemp("runs"), interrupt, lambda _: None, drive
+        )
+    assert broken is None
+    return replies[0], refusals, conclude(run_dir).result
+
+
+def test_the_samples_are_of_the_guest(measured):
+    reply, _, _ = measured
+    assert reply.tracker == "uffd"
+    assert len(reply.dirtied_pages) == 3
+    assert 0 < reply.working_set_pages <= sum(reply.dirtied_pages)
+    assert list(reply.cumulative_pages) == sorted(reply.cumulative_pages)
+    assert reply.cumulative_pages[-1] == reply.working_set_pages
+    assert reply.ballooned_pages == BALLOONED
+    assert reply.populated_pages <= reply.pages - BALLOONED
+
+
+def test_it_is_refused_while_a_migration_reads_the_dirty_log(measured):
+    assert measured[1] == ["refused"]
+
+
+def test_the_migration_afterwards_loses_nothing(measured):
+    result = measured[2]
+    assert (result.outcome, result.verdict) == ("completed", "valid"), result.reasons
+
+
+def test_the_balloon_is_neither_read_nor_sent_in_an_arm_without_zero_detection(measured):
+    result = measured[2]
+    assert result.rounds[0].ballooned_pages == BALLOONED
+    assert result.rounds[0].candidate_pages == result.guest.pages - BALLOONED
+    assert result.integrity.skipped_pages_proved_ballooned == BALLOONED
+
+
+def test_the_report_shows_predicted_beside_measured(measured):
+    predicted = measured[2].predicted
+    assert predicted is not None
+    assert predicted.converges
+    assert predicted.downtime_estimate_ms is not None
+    assert 0.5 < predicted.total_ms / measured[2].total_ms < 2
