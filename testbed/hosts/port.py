@@ -117,6 +117,10 @@ class HostContainer(Protocol):
         """Sets limits (0: none); what is None stays."""
         ...
 
+    def limits(self) -> tuple[int, float]:
+        """(memory in bytes, CPUs) as they are set now; 0 where there is no limit."""
+        ...
+
     def disconnect(self) -> None:
         """Takes the host off the run's network."""
         ...

@@ -1,0 +1,7 @@
+"""What can go wrong with a fault."""
+
+from testbed.errors import RunBrokenError
+
+
+class FaultError(RunBrokenError):
+    """A fault could not be applied or healed; one line says why."""

@@ -1,0 +1,52 @@
+"""`kill`: a node, a guest agent or a whole container is killed (SIGKILL), and with `restart` started again.
+
+A node that is started again has its journal and finds its guest agent, if that lives. A guest agent that is started
+again is an empty standby: the guest was in the one that died. So is a container's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from testbed.faults.victims import VictimFault, container_of, process_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from testbed.faults.fault import Target, Undo
+    from testbed.history import Origin
+    from testbed.hosts.port import Host
+
+
+class Kill(VictimFault):
+    """`for` is how long it stays dead, where it is started again."""
+
+    kind: Literal["kill"]
+    restart: bool = False
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """The dead stay dead unless they are started again."""
+        yield from super().conflicts()
+        if self.lasting_ms is not None and not self.restart:
+            yield "for", "means nothing without restart = true: what was killed stays dead"
+
+    def apply(self, target: Target) -> Undo:
+        """Kills it and waits for its end."""
+        if self.what == "container":
+            container_of(target.host).kill()
+        else:
+            process_of(target.host, self.what).kill()
+        return {"origin": target.origin, "what": self.what, "restart": self.restart}
+
+    @classmethod
+    def heal(cls, undo: Undo, hosts: Mapping[Origin, Host]) -> dict[str, Any]:
+        """Starts it again, where that was asked for and did not happen yet."""
+        if not undo["restart"]:
+            return {}
+        host = hosts[undo["origin"]]
+        if undo["what"] == "container":
+            if not container_of(host).alive:
+                container_of(host).start()
+        elif not (process := process_of(host, undo["what"])).alive:
+            process.restart()
+        return {}
