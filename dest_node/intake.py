@@ -17,6 +17,7 @@ import structlog
 
 from dest_node.page_receiver import PageReceiver
 from dest_node.reached import reach_after, reach_before
+from dest_node.recovery import committed_image, last_given_epoch
 from host.ballooned import give_back
 from host.clock import now_ns
 from host.errors import AgentError, AgentLost, HostError
@@ -189,6 +190,8 @@ class Intake:
     def abort(self, key: AttemptKey, reason: str) -> do.Reply:
         """The source gives up."""
         with self._lock:
+            if key != self._machine.key and (answer := self._recorded(key)) is not None:
+                return answer
             return self._drive(told.AbortRequested(key, reason))
 
     def forget(self, key: AttemptKey) -> None:
@@ -209,6 +212,7 @@ class Intake:
 
     def recover_journal(self) -> None:
         """What was received is gone with the process, also where the agent still holds an image of it."""
+        self._drive(told.GuestGivenAway(last_given_epoch(self._host.journal.entries("source"))))
         for entry in self._host.journal.unfinished("dest"):
             why = "the destination node restarted"
             self._host.journal.move(entry.key, "dest", {entry.state}, "ABORTED", detail=why)
@@ -216,16 +220,22 @@ class Intake:
 
     def recover_guest(self) -> None:
         """Run what was committed; have the agent drop an image that was not."""
-        newest, guest = self._host.journal.newest("dest"), self._host.guest
+        guest = self._host.guest
         hello = guest.hello()
-        if newest is None or newest.state != "COMMITTED":
+        entry = committed_image(self._host.journal.entries("dest"), hello)
+        if entry is None:
             if hello.state == "restored":
                 guest.link.discard()
             return
-        if hello.state == "restored" and hello.guest_epoch == newest.key.guest_epoch:
-            self._start(newest.key)
-        if hello.state in {"restored", "running"}:
-            self._host.balloon.hints_done()
+        if hello.state == "restored":
+            self._start(entry.key)
+        self._host.balloon.hints_done()
+
+    def stood_by(self) -> None:
+        """The guest that ran here was given away and is let go of: another one may come."""
+        with self._lock:
+            self._drive(told.GuestGivenAway(last_given_epoch(self._host.journal.entries("source"))))
+            self._receiver, self._prepare, self._restored = None, None, False
 
     # -- the machine ---------------------------------------------------------------------------
 

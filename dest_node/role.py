@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from host.agent_link import Hello
     from host.context import HostContext
 
 ARTEFACTS = ("dest_hashes",)
@@ -42,6 +43,14 @@ class DestRole:
     def why_not_resume(self) -> str:
         """A guest that was taken in runs, or was never promised: nothing of ours stands against it."""
         return ""
+
+    def why_not_stand_by(self, hello: Hello) -> str:
+        """Whose guest it is, is the source role's question."""
+        return ""
+
+    def stood_by(self) -> None:
+        """Room for another guest."""
+        self._intake.stood_by()
 
     def artefact(self, name: str) -> Path | None:
         """Files that a completed migration left."""

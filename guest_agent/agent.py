@@ -5,9 +5,11 @@ Rule 2: a guest runs only at the epoch in its own boot page. `resume` and `run` 
         frozen guest never runs again.
 Rule 3: an error in any guest thread ends the process: logged, told to the node, exit code 1.
 Rule 4: all operations run on one thread, the one in `run`.
+Rule 5: what was frozen is dropped whole, threads, RAM and all, before another guest may come.
 
             boot ──▶ RUNNING ◀──resume── PAUSED ──freeze──▶ FROZEN
                         ▲ └─────pause──────▲
+                                     FROZEN ─standby─▶ STANDBY
      STANDBY ─restore─▶ RESTORED ─run─▶ RUNNING        RESTORED ─discard─▶ STANDBY
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import gc
 import os
 import time
 from collections import deque
@@ -70,6 +73,7 @@ OPERATIONS: dict[str, frozenset[State]] = {
     "frames": STOPPED,
     "check": frozenset({State.RUNNING}) | STOPPED,
     "freeze": frozenset({State.PAUSED, State.FROZEN}),
+    "standby": frozenset({State.FROZEN}),
     "shutdown": frozenset(State),
 }
 
@@ -110,6 +114,7 @@ class Agent:
             "frames": self._frames,
             "check": self._check,
             "freeze": self._freeze,
+            "standby": self._stand_by,
             "shutdown": self._shutdown,
         }
         assert self._handlers.keys() == OPERATIONS.keys()
@@ -328,6 +333,16 @@ class Agent:
 
     def _freeze(self, _: Request) -> Reply:
         self._state = State.FROZEN
+        return Reply()
+
+    def _stand_by(self, _: Request) -> Reply:
+        """Let go of the guest that was given away."""
+        machine, self._machine = self._guest(), None
+        machine.stop()
+        self._state, self._ready = State.STANDBY, False
+        self._failures.clear()  # of threads that were cut off with it
+        del machine
+        gc.collect()  # its parts know each other, and all of them hold views of its RAM
         return Reply()
 
     def _shutdown(self, _: Request) -> Reply:

@@ -390,6 +390,10 @@ class AgentLink:
         """The guest was given away: it stays paused for ever here."""
         self.request("freeze")
 
+    def stand_by(self) -> None:
+        """Have the frozen guest and its RAM dropped: the agent can take another one in."""
+        self.request("standby", timeout=LONG_REPLY_S_MAX)
+
     def shutdown(self) -> None:
         """End the agent process."""
         self.request("shutdown")

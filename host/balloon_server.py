@@ -175,6 +175,10 @@ class BalloonServer:
         """The pages that are in the balloon and have no storage, a private mask (pages,)."""
         return self._loop.call(lambda: self._queues.pages.ballooned.mask(pages))
 
+    def disconnect(self) -> None:
+        """End the connection of a guest that is gone; the next front-end may be another guest's."""
+        self._loop.call(self._drop)
+
     def adopt_state(self, state: CarriesDeviceState, pages: int = 0) -> None:
         """Become the device that a guest had elsewhere, before its agent connects here.
 

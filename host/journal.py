@@ -145,6 +145,10 @@ class Journal:
         found = self._select("WHERE role = ? ORDER BY rowid DESC LIMIT 1", (role,))
         return found[0] if found else None
 
+    def entries(self, role: Role) -> list[Entry]:
+        """All entries of this role, oldest first."""
+        return self._select("WHERE role = ? ORDER BY rowid", (role,))
+
     def unfinished(self, role: Role | None = None, *, final: Collection[str] = FINAL_STATES) -> list[Entry]:
         """Entries in none of the `final` states, oldest first."""
         roles: tuple[Role, ...] = ("source", "dest") if role is None else (role,)

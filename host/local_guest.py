@@ -1,7 +1,8 @@
 """The guest that lives on this host: the agent that holds it, and its RAM as the agent passed it.
 
 Rule 1: the agent is the authority on the guest's state; this class asks, and remembers only descriptors.
-Rule 2: RAM belongs to one guest. It is taken from the agent once it has one, and dropped when it is given away.
+Rule 2: RAM belongs to one guest. It is taken from the agent once it has one, and dropped when it is let go of:
+        given away, its evidence collected.
 """
 
 from __future__ import annotations
@@ -115,6 +116,16 @@ class LocalGuest:
             if info.pagemap_fd is not None:
                 self.scanner = WriteScanner(info.pagemap_fd, info.base_address, self.ram.pages)
             return self.ram
+
+    def stand_by(self) -> None:
+        """Let go of a guest that was given away; the agent is standby afterwards. Refused unless it is frozen.
+
+        Raises:
+            AgentError, AgentLost.
+        """
+        self.link.stand_by()
+        self._ready.clear()
+        self.drop_ram()
 
     def drop_ram(self) -> None:
         """Forget RAM: the guest left this host, or the host ends."""

@@ -144,6 +144,24 @@ class NodeService(node_pb2_grpc.NodeServicer):
         self._host.events.add("guest_stats", **stats.values)
         return node_pb2.StatsReply(values=stats.values, unknown_tags=stats.unknown_tags)
 
+    def StandBy(  # noqa: N802
+        self, request: node_pb2.StandByRequest, context: grpc.ServicerContext
+    ) -> node_pb2.StandByReply:
+        """Room for another guest. Idempotent."""
+        with told(context):
+            hello = self._host.guest.hello()
+            if hello.state == "standby":
+                return node_pb2.StandByReply()
+            for role in self._roles:
+                if reason := role.why_not_stand_by(hello):
+                    context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
+            self._host.guest.stand_by()
+            self._host.balloon.disconnect()
+        for role in self._roles:
+            role.stood_by()
+        self._host.events.add("standing_by", guest_epoch=hello.guest_epoch)
+        return node_pb2.StandByReply()
+
     # -- migrations ----------------------------------------------------------------------------
 
     def Migrate(  # noqa: N802

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from host.agent_link import Hello
     from host.context import HostContext
     from migration.pb import node_pb2
 
@@ -46,6 +47,12 @@ class Role(Protocol):
 
     def why_not_resume(self) -> str:
         """Why nobody may let the paused guest run by hand now; "" when this role has no objection."""
+
+    def why_not_stand_by(self, hello: Hello) -> str:
+        """Why the guest that the agent holds may not be let go of; "" when this role has no objection."""
+
+    def stood_by(self) -> None:
+        """The guest that was given away is let go of: this host holds none."""
 
     def artefact(self, name: str) -> Path | None:
         """The file of a recorded artefact, or None when this role has no such thing."""

@@ -11,6 +11,8 @@ Rule 6: a call about another attempt than the one at hand is answered from what 
 Rule 7: a lost connection ends an attempt at once, unless its source said how long one may take to come back.
         Going on is possible only with the very attempt at hand, while it is being received, and only after
         every older stream was joined: a late chunk of one is never stored.
+Rule 8: a host that gave away what it took in can take in again. The guest comes back, if it does, with a later
+        epoch: an attempt on the epoch that was given away here, or an older one, is over and is refused.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from migration.events import (
     DestEvent,
     ForgetRequested,
     GuestConfirmed,
+    GuestGivenAway,
     GuestRestored,
     GuestStarted,
     GuestStartFailed,
@@ -137,15 +140,19 @@ for _phase in (P.COMMITTED, P.ABORTED):
 # that follow can simply be made again.
 RESUMABLE_PHASES = frozenset({P.RECEIVING, P.LINK_LOST})
 
+TRANSITIONS[P.IDLE][GuestGivenAway] = TRANSITIONS[P.COMMITTED][GuestGivenAway] = frozenset({P.IDLE})
+TRANSITIONS[P.ABORTED][GuestGivenAway] = frozenset({P.ABORTED})
+
 AboutKnownAttempt = PrepareRequested | CommitRequested | AbortRequested | ForgetRequested
 
 
 class DestMachine:
-    """One host's side of taking guests in. Not reusable once it owns a guest (Rule 1)."""
+    """One host's side of taking guests in, one after the other (Rules 1 and 8)."""
 
     def __init__(self) -> None:
         self.phase = P.IDLE
         self.key: AttemptKey | None = None
+        self._given_epoch = 0  # the newest that was given away from here
         self._memory_bytes = 0
         self._link_timeout_ms = 0
         self._prepare: PrepareRequested | None = None
@@ -153,7 +160,7 @@ class DestMachine:
         self._next_open: OpenRequested | None = None
         self._reply_when_aborted: Answer | None = None
         self._handlers: dict[DestPhase, Callable[[DestEvent], list[DestCommand]]] = {
-            P.IDLE: self._on_open,
+            P.IDLE: self._on_idle,
             P.OPENING: self._on_opening,
             P.RECEIVING: self._on_receiving,
             P.LINK_LOST: self._on_receiving,
@@ -203,6 +210,10 @@ class DestMachine:
         return event in TRANSITIONS[self.phase]
 
     def _check_open(self, event: OpenRequested) -> None:
+        if event.key.guest_epoch <= self._given_epoch:
+            raise RemoteProtocolError(
+                f"attempt {event.key} is over: this host gave the guest away at epoch {self._given_epoch}"
+            )
         if event.resume and event.key != self.key:
             raise RemoteProtocolError(
                 f"attempt {event.key} cannot be resumed: nothing of it is left here, begin a new attempt"
@@ -219,6 +230,9 @@ class DestMachine:
             )
 
     # -- taking in -----------------------------------------------------------------------------
+
+    def _on_idle(self, event: DestEvent) -> list[DestCommand]:
+        return self._forget_guest(event) if isinstance(event, GuestGivenAway) else self._on_open(event)
 
     def _on_open(self, event: DestEvent) -> list[DestCommand]:
         assert isinstance(event, OpenRequested)
@@ -377,7 +391,17 @@ class DestMachine:
                 return [Reply(Answer.COMMITTED)]
             case ForgetRequested(key):
                 return [ForgetAttempt(key), Reply(Answer.COMMITTED)]
+            case GuestGivenAway(guest_epoch):
+                assert self.key is not None
+                if guest_epoch < self.key.next_epoch:
+                    raise LocalProtocolError(f"epoch {self.key.next_epoch} runs here, not {guest_epoch}")
+                self.phase, self.key = P.IDLE, None
+                return self._forget_guest(event)
         return [Reply(Answer.COMMITTED)]
+
+    def _forget_guest(self, event: GuestGivenAway) -> list[DestCommand]:
+        self._given_epoch = max(self._given_epoch, event.guest_epoch)
+        return []
 
     # -- giving up -----------------------------------------------------------------------------
 
@@ -411,4 +435,6 @@ class DestMachine:
             case ForgetRequested(key):
                 self.phase, self.key = P.IDLE, None
                 return [ForgetAttempt(key), Reply(Answer.ABORTED)]
+            case GuestGivenAway():
+                return self._forget_guest(event)
         return [Reply(Answer.ABORTED, self._abort_reason)]

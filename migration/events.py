@@ -357,6 +357,13 @@ class AbortRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestGivenAway:
+    """What ran here was given away at this epoch and is let go of; 0: nothing ever was."""
+
+    guest_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class ForgetRequested:
     """The source recorded the outcome; it need not be remembered here."""
 
@@ -379,4 +386,5 @@ DestEvent = (
     | GuestStartFailed
     | AbortRequested
     | ForgetRequested
+    | GuestGivenAway
 )

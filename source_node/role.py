@@ -18,6 +18,7 @@ from source_node.dirty_rate import measured_dirty_rate
 from source_node.migration_run import MigrationRun
 from source_node.order import Order, compression_of, limits_of
 from source_node.page_stream import default_streams
+from source_node.recovery import given_away_by, to_take_up, turned_back
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,12 +66,13 @@ class SourceRole:
 
     def recover_guest(self) -> None:
         """Ask for the outcome of an attempt that was COMMITTING; let the guest of an aborted one run on."""
-        entry, guest = self._host.journal.newest("source"), self._host.guest
-        if entry is not None and entry.state == "COMMITTING" and entry.digest is not None:
-            self._take_up(entry.key, entry.detail, entry.digest)
-        elif entry is not None and entry.state == "ABORTED":
+        entries, guest = self._host.journal.entries("source"), self._host.guest
+        pending = to_take_up(entries)
+        if pending is not None and pending.digest is not None:
+            self._take_up(pending.key, pending.detail, pending.digest)
+        elif entries:
             hello = guest.hello()
-            if hello.guest_epoch == entry.key.guest_epoch:
+            if (entry := turned_back(entries, hello.guest_epoch)) is not None:
                 if hello.state == "paused":
                     guest.link.resume(hello.guest_epoch)
                     self._host.events.add("guest_resumed", attempt=str(entry.key))
@@ -88,11 +90,23 @@ class SourceRole:
         with self._lock:
             if self._run is not None and not self._run.ended:
                 return f"migration {self._run.order.key} is under way"
-        entry = self._host.journal.newest("source")
-        if entry is None or entry.state not in {"COMMITTING", "COMPLETED"}:
-            return ""
-        given_away = self._host.guest.hello().guest_epoch == entry.key.guest_epoch
-        return f"the guest was given away by {entry.key}" if given_away else ""
+        entry = given_away_by(self._host.journal.entries("source"), self._host.guest.hello().guest_epoch)
+        return f"the guest was given away by {entry.key}" if entry is not None else ""
+
+    def why_not_stand_by(self, hello: Hello) -> str:
+        """Only a guest that is another host's by the journal is let go of, its evidence kept."""
+        with self._lock:
+            if self._run is not None and not self._run.ended:
+                return f"migration {self._run.order.key} is under way"
+        entry = given_away_by(self._host.journal.entries("source"), hello.guest_epoch)
+        if entry is None or entry.state != "COMPLETED":
+            return f"the guest is {hello.state} and was not given away: it is let go of nowhere else"
+        return ""
+
+    def stood_by(self) -> None:
+        """What the last migration held of the guest goes as well."""
+        with self._lock:
+            self._run = None
 
     def _take_up(self, key: AttemptKey, detail: str, image_digest: int) -> None:
         address, server_name = _peer_in(detail)

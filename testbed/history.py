@@ -69,6 +69,11 @@ class History:
             subscriber(event)
         return event
 
+    def having(self, name: str) -> list[Event]:
+        """All events of this name so far."""
+        with self._changed:
+            return [event for event in self._events if event.name == name]
+
     def first(self, matches: Callable[[Event], bool]) -> Event | None:
         """The earliest-arrived event that matches."""
         with self._changed:

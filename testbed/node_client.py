@@ -93,6 +93,16 @@ class NodeClient:
         """Stops the guest's threads."""
         self._call("PauseGuest", lambda: self._stub.PauseGuest(node_pb2.PauseGuestRequest(), timeout=CALL_S))
 
+    def resume_guest(self) -> None:
+        """Lets the paused guest run on."""
+        self._call(
+            "ResumeGuest", lambda: self._stub.ResumeGuest(node_pb2.ResumeGuestRequest(), timeout=CALL_S)
+        )
+
+    def stand_by(self, timeout_s: float) -> None:
+        """Has a guest that was given away let go of, so that the host can take one in again."""
+        self._call("StandBy", lambda: self._stub.StandBy(node_pb2.StandByRequest(), timeout=timeout_s))
+
     def check_guest(self, expectations: bytes, timeout_s: float) -> node_pb2.CheckGuestReply:
         """Has the guest check itself."""
         request = node_pb2.CheckGuestRequest(expectations=expectations)

@@ -22,7 +22,7 @@ RECORD_BYTES = ORACLE_RECORD.itemsize
 
 def read_logs(paths: Iterable[Path]) -> bytes:
     """The whole records of the logs, joined in their order; a missing log is empty."""
-    return b"".join(_whole_records(path) for path in paths)
+    return b"".join(read_log(path) for path in paths)
 
 
 def last_versions(log: bytes) -> bytes:
@@ -34,6 +34,7 @@ def last_versions(log: bytes) -> bytes:
     return records[np.sort(len(records) - 1 - from_the_end)].tobytes()
 
 
-def _whole_records(path: Path) -> bytes:
+def read_log(path: Path) -> bytes:
+    """The whole records of one log; a missing log is empty."""
     data = path.read_bytes() if path.exists() else b""
     return data[: len(data) // RECORD_BYTES * RECORD_BYTES]

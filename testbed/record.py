@@ -89,21 +89,31 @@ class RunRecord:
     @cached_property
     def beats(self) -> dict[str, BeatArray]:
         """The beats that each host's guest agent recorded, by host."""
-        return {host: read_beats(self.run_dir.artefact(f"{host}.beats")) for host in ("source", "dest")}
+        return self._read_beats()
 
     @cached_property
     def oracle(self) -> bytes:
-        """What the guest logged outside its memory, whole records, the source's before the destination's."""
-        return read_logs(self.run_dir.artefact(f"{host}.oracle") for host in ("source", "dest"))
+        """What the guest logged outside its memory, whole records, in the order in which it wrote them."""
+        return self._read_oracle()
+
+    def _read_beats(self) -> dict[str, BeatArray]:
+        return {host: read_beats(self.run_dir.artefact(f"{host}.beats")) for host in self.scenario.origins}
+
+    def _read_oracle(self) -> bytes:
+        return read_logs(self.run_dir.artefact(f"{host}.oracle") for host in self.scenario.origins)
+
+    def artefact(self, name: str) -> Path:
+        """Where the evidence of this name is."""
+        return self.run_dir.artefact(name)
 
     def u64(self, name: str) -> U64Array | None:
         """An artefact of little-endian 64-bit words, or None."""
-        path = self.run_dir.artefact(name)
+        path = self.artefact(name)
         return np.fromfile(path, dtype="<u8") if path.exists() else None
 
     def u8(self, name: str) -> U8Array | None:
         """An artefact of bytes, or None."""
-        path = self.run_dir.artefact(name)
+        path = self.artefact(name)
         return np.fromfile(path, dtype=np.uint8) if path.exists() else None
 
 

@@ -2,7 +2,8 @@
 
 Rule 1: it is a pure function of the record and the judgement; nothing is measured here.
 Rule 2: every number has its unit in its name; what was not measured is 0, or null where 0 would mislead.
-Rule 3: fields may be added, none may change its meaning: that needs a new `schema`.
+Rule 3: of a run with legs the figures are those of the last leg; `legs` has them for every leg.
+Rule 4: fields may be added, none may change its meaning: that needs a new `schema`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from testbed.account import Account, account_of
 from testbed.beats import blackout_ns
+from testbed.leg_views import leg_path, legs_of
 from testbed.predicted import predicted_of
 from virtio.balloon import (
     F_DEFLATE_ON_OOM,
@@ -190,6 +192,9 @@ class Result(Part):
     own_memory: MemoryPart
     predicted: PredictedPart | None = None
     account: Account | None = None  # of the bytes, layer by layer; null when nothing was counted
+    legs: list[
+        dict[str, Any]
+    ] = []  # of a run with [[leg]]: what stands here of one migration, for each of them
     run_dir: str
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -200,8 +205,43 @@ class Result(Part):
         return {"schema": document.pop("schema_"), **document}
 
 
+# What belongs to the run and not to one of its migrations.
+RUN_FIELDS: Final = frozenset({"schema_", "scenario", "seed", "engine", "legs", "run_dir"})
+
+
 def build(record: RunRecord, judgement: Judgement) -> Result:
-    """The result document of a recorded and judged run."""
+    """The result document of a recorded and judged run.
+
+    Of a run with legs the figures are those of the last leg that was begun, verdict and reasons those of the whole
+    run, and `legs` has the figures of each: a sum of downtimes would be nobody's downtime.
+    """
+    if not judgement.legs:
+        return _build_one(record, judgement)
+    views = legs_of(record)
+    results = [_build_one(view, one) for view, one in zip(views, judgement.legs, strict=True)]
+    path = list(leg_path(record.scenario.leg))
+    legs = [
+        {
+            "leg": number,
+            "from": path[number - 1][0],
+            "to": path[number - 1][1],
+            **{key: value for key, value in one.model_dump(mode="json").items() if key not in RUN_FIELDS},
+        }
+        for number, one in enumerate(results, start=1)
+    ]
+    whole: dict[str, object] = {
+        "verdict": judgement.verdict.value,
+        "reasons": judgement.reasons,
+        "engine": engine_facts(record),
+        "legs": legs,
+    }
+    if results[-1].outcome == "completed" and len(results) < len(path):
+        whole["outcome"] = "failed" if record.last("run_cut_short") is None else "cancelled"
+        whole["outcome_reason"] = record.outcome_reason
+    return results[-1].model_copy(update=whole)
+
+
+def _build_one(record: RunRecord, judgement: Judgement) -> Result:
     ended = record.ended.fields if record.ended is not None else {}
     status = record.last("guest_status", "testbed")
     status_fields = status.fields if status is not None else {}

@@ -1,28 +1,34 @@
-"""One run's way: the guest boots, settles, migrates, runs on, is stopped and asked what it remembers.
+"""One run's way: the guest boots; leg by leg it settles, migrates, runs on, is stopped and asked what it remembers.
 
 Rule 1: every step is a fact in the history before the next one is taken.
 Rule 2: whatever became of the migration, the guest is checked where it is, and the evidence is collected.
 Rule 3: the first Ctrl-C cancels the migration and waits for its outcome; the second gives up waiting.
 Rule 4: a silence has a deadline; a process that dies ends the wait that needed it.
+Rule 5: a leg is complete, evidence and all, before the next one begins; only then does the host that gave the
+        guest away let go of it, and the guest run on. A leg that did not complete is the last one.
 """
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from testbed.errors import InterruptedRunError, RunBrokenError
+from testbed.leg_keys import ORIGINS
+from testbed.leg_views import OracleChain, artefact_name
 from testbed.migration_keys import migrate_request
-from testbed.oracle_log import RECORD_BYTES, last_versions, read_logs
+from testbed.oracle_log import RECORD_BYTES, last_versions
 from virtio.balloon import F_STATS_VQ, has
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from migration.pb import node_pb2
-    from testbed.history import Event, History
+    from testbed.history import Event, History, Origin
     from testbed.hosts.port import Host, Hosts
     from testbed.interrupt import Interrupt
+    from testbed.leg_keys import Leg
     from testbed.run_dir import RunDir
     from testbed.scenario import Scenario
 
@@ -36,12 +42,13 @@ NO_TIMEOUT_S: Final = 3600.0
 RUNNING_S: Final = 30.0
 BALLOON_S: Final = 60.0
 CHECK_S: Final = 300.0
+STAND_BY_S: Final = 120.0  # unmapping the guest's RAM, some GiB a second
 ARTEFACT_S: Final = 120.0
 LOOK_S: Final = 0.02
 
 
 class Session:
-    """Drives two started hosts through one scenario."""
+    """Drives the started hosts through one scenario."""
 
     def __init__(
         self,
@@ -60,16 +67,49 @@ class Session:
         self._history = history
         self._interrupt = interrupt
         self._gib = scenario.guest.memory / 2**30
+        self._giver: Host = hosts.source
+        self._taker: Host = hosts.dest
+        self._here: Origin = "source"  # where the guest is after the last leg
+        self._ran: Sequence[Event] = ()  # what the earlier legs' takers told
+        self._oracle = OracleChain(scenario.origins, run_dir.artefact)
 
     def run(self) -> None:
         """The whole way. Raises RunBrokenError or InterruptedRunError where it cannot go on."""
-        self.settle()
-        ended = self._migrate()
-        owner = self._owner_after(str(ended.fields["outcome"]))
+        self._boot()
+        self._inflate()
+        for number, leg in enumerate(self._scenario.legs, start=1):
+            self._taker = self._hosts.hosts[ORIGINS[leg.to]]
+            if number > 1:
+                self._go_on()
+            if self._make_leg(number, leg) != "completed":
+                break
+
+    def _go_on(self) -> None:
+        """The guest runs on where the last leg brought it; where it came from there is room again."""
+        left, self._giver = self._giver, self._hosts.hosts[self._here]
+        left.client.stand_by(STAND_BY_S)
+        self._giver.client.resume_guest()
+
+    def _make_leg(self, number: int, leg: Leg) -> str:
+        """One migration, and everything that is kept of it; its outcome."""
+        if self._scenario.leg:
+            self._history.note("leg_started", leg=number, giver=self._giver.origin, taker=self._taker.origin)
+        settle_ms = self._scenario.run.settle if leg.settle is None else leg.settle
+        self._interrupt.pause(settle_ms / 1000)
+        self._unless_interrupted()
+        ended = self._migrate(number, leg)
+        outcome = str(ended.fields["outcome"])
+        owner = self._owner_after(outcome)
         if owner is not None:
             self._check_where_it_is(owner)
-        self._collect(ended)
+        self._collect(number, leg, ended)
         self._note_final_states()
+        self._hosts.collect()
+        sizes = self._oracle.leg_ended(self._giver.origin, self._taker.origin)
+        if self._scenario.leg:
+            self._history.note("leg_ended", leg=number, outcome=outcome, oracle_bytes=sizes)
+        self._here = owner.origin if owner is not None else self._giver.origin
+        return outcome
 
     def settle(self) -> None:
         """The guest boots, inflates its balloon and works for a while. Raises as `run`."""
@@ -90,7 +130,9 @@ class Session:
             "the guest to boot and set its workloads up",
             needs=("source-node", "source-agent"),
         )
-        self._await_state(self._hosts.dest, "standby", RUNNING_S)
+        for host in self._hosts.hosts.values():
+            if host is not self._hosts.source:
+                self._await_state(host, "standby", RUNNING_S)
 
     def _inflate(self) -> None:
         pages = self._scenario.balloon.num_pages
@@ -102,42 +144,42 @@ class Session:
         self._poll(lambda: source.guest_status().actual == pages, BALLOON_S, "the balloon to inflate")
         self._history.note("balloon_inflated", actual=pages)
 
-    def _migrate(self) -> Event:
-        self._note_guest(self._hosts.source, "guest_status")
+    def _migrate(self, number: int, leg: Leg) -> Event:
+        self._note_guest(self._giver, "guest_status")
         before = self._cpu_seconds()
+        migration = f"{self._migration}.{number}" if self._scenario.leg else self._migration
         request = migrate_request(
-            self._scenario.migration,
-            migration=self._migration,
+            leg,
+            migration=migration,
             attempt=1,
-            dest_address=self._hosts.dest.migration_address,
-            dest_server_name=self._hosts.dest.server_name,
+            dest_address=self._taker.migration_address,
+            dest_server_name=self._taker.server_name,
             rehearsal=self._scenario.rehearses,
         )
-        self._history.note("migration_requested", migration=self._migration, attempt=1)
-        self._hosts.source.client.migrate(request)
-        ended = self._await_outcome()
+        earlier = self._history.having("migration_ended")
+        self._history.note("migration_requested", migration=migration, attempt=1)
+        self._giver.client.migrate(request)
+        ended = self._await_outcome(leg, earlier)
         after = self._cpu_seconds()
         self._history.note("cpu_used", **{part: after[part] - before[part] for part in before})
         return ended
 
-    def _await_outcome(self) -> Event:
-        limit_s = (self._scenario.migration.timeout / 1000 or NO_TIMEOUT_S) + self._grace_s
+    def _await_outcome(self, leg: Leg, earlier: Sequence[Event]) -> Event:
+        limit_s = (leg.timeout / 1000 or NO_TIMEOUT_S) + self._grace_s
+        outcome = partial(_is_new, "migration_ended", self._giver.origin, earlier)
+        needs = (f"{self._giver.origin}-node",)
         try:
-            return self._await(_outcome, limit_s, "the migration's outcome", needs=("source-node",))
+            return self._await(outcome, limit_s, "the migration's outcome", needs=needs)
         except InterruptedRunError:
             reason = "interrupted by the user"
         except RunBrokenError:
-            if not self._hosts.source.node.alive:
+            if not self._giver.node.alive:
                 raise
             reason = f"no outcome within {limit_s:.0f} s"
-        reply = self._hosts.source.client.cancel(reason)
+        reply = self._giver.client.cancel(reason)
         self._history.note("cancel_asked", reason=reason, effective=reply.effective, phase=reply.phase)
         return self._await(
-            _outcome,
-            self._grace_s,
-            "the cancelled migration's outcome",
-            needs=("source-node",),
-            cancelled=True,
+            outcome, self._grace_s, "the cancelled migration's outcome", needs=needs, cancelled=True
         )
 
     @property
@@ -148,24 +190,25 @@ class Session:
         if outcome == "guest_lost":
             return None
         if outcome != "completed":
-            self._await_state(self._hosts.source, "running", RUNNING_S)
-            return self._hosts.source
+            self._await_state(self._giver, "running", RUNNING_S)
+            return self._giver
+        origin = self._taker.origin
         self._await(
-            lambda event: event.origin == "dest" and event.name == "guest_running",
+            partial(_is_new, "guest_running", origin, self._ran),
             RUNNING_S,
             "the guest to run at the destination",
-            needs=("dest-node", "dest-agent"),
+            needs=(f"{origin}-node", f"{origin}-agent"),
             cancelled=True,
         )
-        return self._hosts.dest
+        self._ran = self._history.having("guest_running")
+        return self._taker
 
     def _check_where_it_is(self, owner: Host) -> None:
         self._interrupt.pause_unless_hurried(self._scenario.run.run_on / 1000)
         self._note_guest(owner, "guest_ran_on")
         owner.client.pause_guest()
         self._hosts.collect()
-        logs = (self._run_dir.artefact(f"{origin}.oracle") for origin in ("source", "dest"))
-        expected = last_versions(read_logs(logs))
+        expected = last_versions(self._oracle.logged(self._giver.origin, self._taker.origin))
         checked = owner.client.check_guest(expected, CHECK_S)
         self._history.note(
             "guest_checked",
@@ -176,13 +219,14 @@ class Session:
             expected_items=len(expected) // RECORD_BYTES,
         )
 
-    def _collect(self, ended: Event) -> None:
-        wanted = [(self._hosts.source, str(name)) for name in ended.fields.get("artefacts", ())]
+    def _collect(self, number: int, leg: Leg, ended: Event) -> None:
+        wanted = [(self._giver, str(name)) for name in ended.fields.get("artefacts", ())]
         verified = ended.fields["outcome"] in ("completed", "rehearsal")
-        if verified and self._scenario.migration.integrity == "full":
-            wanted.append((self._hosts.dest, "dest_hashes"))
+        if verified and leg.integrity == "full":
+            wanted.append((self._taker, "dest_hashes"))
         for host, name in wanted:
-            host.client.save_artefact(name, self._run_dir.artefact(name), ARTEFACT_S)
+            kept = artefact_name(name, number if self._scenario.leg else 0)
+            host.client.save_artefact(name, self._run_dir.artefact(kept), ARTEFACT_S)
 
     def _note_final_states(self) -> None:
         for host in self._hosts.hosts.values():
@@ -220,8 +264,8 @@ class Session:
         return host.client.guest_status()
 
     def _cpu_seconds(self) -> dict[str, float]:
-        """CPU time so far of both nodes, and of the guest's two agents together."""
-        source, dest = self._hosts.source, self._hosts.dest
+        """CPU time so far of both nodes of the leg, and of the guest's two agents together."""
+        source, dest = self._giver, self._taker
         return {
             "source": source.node.cpu_seconds(),
             "dest": dest.node.cpu_seconds(),
@@ -279,8 +323,9 @@ def _answers_stats(balloon: dict[str, Any]) -> bool:
     return bool(balloon.get("ready")) and has(int(balloon.get("features", 0)), F_STATS_VQ)
 
 
-def _outcome(event: Event) -> bool:
-    return event.origin == "source" and event.name == "migration_ended"
+def _is_new(name: str, origin: Origin, earlier: Sequence[Event], event: Event) -> bool:
+    """Whether the event is another one than what the same host told in an earlier leg."""
+    return event.origin == origin and event.name == name and not any(event is old for old in earlier)
 
 
 def _obituary(event: Event) -> str:

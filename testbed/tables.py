@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich import box
 from rich.console import Group
@@ -100,6 +100,8 @@ def run_report(result: Result) -> RenderableType:
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
     why = f": {result.outcome_reason}" if result.outcome_reason else ""
+    for leg in result.legs:
+        facts.add_row(f"leg {leg['leg']} {leg['from']}-{leg['to']}", _leg(leg))
     facts.add_row("outcome", f"{result.outcome}{why}")
     facts.add_row("proof", verdict_text(result))
     facts.add_row(
@@ -126,6 +128,14 @@ def run_report(result: Result) -> RenderableType:
     if result.reasons:
         parts.append(_complaints(result.scenario, result))
     return Group(*parts)
+
+
+def _leg(leg: Mapping[str, Any]) -> str:
+    """One leg in one line; the rounds and figures below are the last leg's."""
+    return (
+        f"{leg['outcome']}, {leg['verdict']}: total {format_ms(leg['total_ms'])}, "
+        f"downtime {format_ms(leg['downtime_ms'])}, payload {format_bytes(leg['bytes']['payload'])}"
+    )
 
 
 def compare_table(summaries: Mapping[str, Summary]) -> RenderableType:

@@ -126,6 +126,7 @@ REQUESTS: dict[str, dict[str, Rule]] = {
     "frames": {},
     "check": {},
     "freeze": {},
+    "standby": {},
     "shutdown": {},
 }
 REPLIES: dict[str, dict[str, Rule]] = {

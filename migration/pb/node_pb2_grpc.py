@@ -74,6 +74,11 @@ class NodeStub:
                 request_serializer=migration_dot_pb_dot_node__pb2.StatsRequest.SerializeToString,
                 response_deserializer=migration_dot_pb_dot_node__pb2.StatsReply.FromString,
                 _registered_method=True)
+        self.StandBy = channel.unary_unary(
+                '/ballast.v1.Node/StandBy',
+                request_serializer=migration_dot_pb_dot_node__pb2.StandByRequest.SerializeToString,
+                response_deserializer=migration_dot_pb_dot_node__pb2.StandByReply.FromString,
+                _registered_method=True)
         self.Migrate = channel.unary_unary(
                 '/ballast.v1.Node/Migrate',
                 request_serializer=migration_dot_pb_dot_node__pb2.MigrateRequest.SerializeToString,
@@ -163,6 +168,14 @@ class NodeServicer:
 
     def Stats(self, request, context):
         """Asks the guest's balloon driver for fresh memory statistics and waits for them (event "guest_stats").
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StandBy(self, request, context):
+        """The guest was given away and its evidence is collected: the frozen image and its RAM are let go of, and this
+        host can take a guest in again. Refused unless the journal says that the guest is another host's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -259,6 +272,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Stats,
                     request_deserializer=migration_dot_pb_dot_node__pb2.StatsRequest.FromString,
                     response_serializer=migration_dot_pb_dot_node__pb2.StatsReply.SerializeToString,
+            ),
+            'StandBy': grpc.unary_unary_rpc_method_handler(
+                    servicer.StandBy,
+                    request_deserializer=migration_dot_pb_dot_node__pb2.StandByRequest.FromString,
+                    response_serializer=migration_dot_pb_dot_node__pb2.StandByReply.SerializeToString,
             ),
             'Migrate': grpc.unary_unary_rpc_method_handler(
                     servicer.Migrate,
@@ -512,6 +530,33 @@ class Node:
             '/ballast.v1.Node/Stats',
             migration_dot_pb_dot_node__pb2.StatsRequest.SerializeToString,
             migration_dot_pb_dot_node__pb2.StatsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StandBy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ballast.v1.Node/StandBy',
+            migration_dot_pb_dot_node__pb2.StandByRequest.SerializeToString,
+            migration_dot_pb_dot_node__pb2.StandByReply.FromString,
             options,
             channel_credentials,
             insecure,

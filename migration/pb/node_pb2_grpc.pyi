@@ -47,6 +47,10 @@ class NodeStub:
     """Sets the balloon's num_pages; the driver follows in its own time."""
     Stats: _grpc.UnaryUnaryMultiCallable[_node_pb2.StatsRequest, _node_pb2.StatsReply]
     """Asks the guest's balloon driver for fresh memory statistics and waits for them (event "guest_stats")."""
+    StandBy: _grpc.UnaryUnaryMultiCallable[_node_pb2.StandByRequest, _node_pb2.StandByReply]
+    """The guest was given away and its evidence is collected: the frozen image and its RAM are let go of, and this
+    host can take a guest in again. Refused unless the journal says that the guest is another host's.
+    """
     Migrate: _grpc.UnaryUnaryMultiCallable[_node_pb2.MigrateRequest, _node_pb2.MigrateReply]
     """Source role: starts a migration and returns at once; the outcome is the event "migration_ended"."""
     Cancel: _grpc.UnaryUnaryMultiCallable[_node_pb2.CancelRequest, _node_pb2.CancelReply]
@@ -80,6 +84,10 @@ class NodeAsyncStub(NodeStub):
     """Sets the balloon's num_pages; the driver follows in its own time."""
     Stats: _aio.UnaryUnaryMultiCallable[_node_pb2.StatsRequest, _node_pb2.StatsReply]  # type: ignore[assignment]
     """Asks the guest's balloon driver for fresh memory statistics and waits for them (event "guest_stats")."""
+    StandBy: _aio.UnaryUnaryMultiCallable[_node_pb2.StandByRequest, _node_pb2.StandByReply]  # type: ignore[assignment]
+    """The guest was given away and its evidence is collected: the frozen image and its RAM are let go of, and this
+    host can take a guest in again. Refused unless the journal says that the guest is another host's.
+    """
     Migrate: _aio.UnaryUnaryMultiCallable[_node_pb2.MigrateRequest, _node_pb2.MigrateReply]  # type: ignore[assignment]
     """Source role: starts a migration and returns at once; the outcome is the event "migration_ended"."""
     Cancel: _aio.UnaryUnaryMultiCallable[_node_pb2.CancelRequest, _node_pb2.CancelReply]  # type: ignore[assignment]
@@ -158,6 +166,16 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.StatsReply, _abc.Awaitable[_node_pb2.StatsReply]]:
         """Asks the guest's balloon driver for fresh memory statistics and waits for them (event "guest_stats")."""
+
+    @_abc_1.abstractmethod
+    def StandBy(
+        self,
+        request: _node_pb2.StandByRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.StandByReply, _abc.Awaitable[_node_pb2.StandByReply]]:
+        """The guest was given away and its evidence is collected: the frozen image and its RAM are let go of, and this
+        host can take a guest in again. Refused unless the journal says that the guest is another host's.
+        """
 
     @_abc_1.abstractmethod
     def Migrate(

@@ -2,7 +2,8 @@
 
 Rule 1: a checker reads the record and nothing else; it can be repeated years later.
 Rule 2: a checker that crashes says unknown, never valid.
-Rule 3: safety speaks "invalid" (a lost write, two owners, another outcome); a measurement that cannot be
+Rule 3: of a run with legs every leg is judged as a run of its own, and the chain of owners over all of them.
+Rule 4: safety speaks "invalid" (a lost write, two owners, another outcome); a measurement that cannot be
         trusted speaks "unknown" (sums or byte counters that do not agree, evidence that is missing).
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from testbed.checkers import byte_count, expectation, ledger, marker, memory, oracle, owner, rounds
+from testbed.checkers import byte_count, expectation, ledger, legs, marker, memory, oracle, owner, rounds
+from testbed.leg_views import legs_of
 from testbed.verdict import Finding, Verdict, unknown, worst
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Judgement:
     verdict: Verdict
     findings: Mapping[str, Finding]
     invalid_as_expected: bool = False  # the scenario made the run lose writes, and that was found
+    legs: tuple[Judgement, ...] = ()  # of a run with legs, each by itself
 
     @property
     def reasons(self) -> list[str]:
@@ -66,7 +69,22 @@ class Judgement:
 
 
 def judge(record: RunRecord, checkers: Mapping[str, Callable[[RunRecord], Finding]] = CHECKERS) -> Judgement:
-    """Asks every checker about the run."""
+    """Asks every checker about the run, leg by leg where it has legs."""
+    views = legs_of(record)
+    if views == [record]:
+        return _judge_one(record, checkers)
+    judged = tuple(_judge_one(view, checkers) for view in views)
+    findings = {
+        f"leg {number} {name}": finding
+        for number, one in enumerate(judged, start=1)
+        for name, finding in one.findings.items()
+    }
+    findings["owners"] = _safely(owner.check_chain, record)
+    findings["legs"] = _safely(legs.check, record)
+    return Judgement(worst(finding.verdict for finding in findings.values()), findings, legs=judged)
+
+
+def _judge_one(record: RunRecord, checkers: Mapping[str, Callable[[RunRecord], Finding]]) -> Judgement:
     findings = {name: _safely(check, record) for name, check in checkers.items()}
     if record.scenario.expect == expectation.CORRUPTION:
         findings["expectation"] = expectation.check_corruption(record, findings)

@@ -54,6 +54,16 @@ def check(record: RunRecord) -> Finding:
     return _in_the_end(record, spans)
 
 
+def check_chain(record: RunRecord) -> Finding:
+    """Of a run with legs: the spans of all hosts over all legs; each leg's end is judged with the leg."""
+    spans = sorted(
+        (span for host, beats in record.beats.items() for span in spans_of(host, beats)),
+        key=lambda span: span.first_ns,
+    )
+    reasons = [*_overlaps(spans), *_disorder(spans)]
+    return invalid(*reasons) if reasons else valid()
+
+
 def spans_of(host: str, beats: BeatArray) -> Iterator[Span]:
     """The epochs that one host beat, in the order of their numbers."""
     for epoch in np.unique(beats["guest_epoch"]):

@@ -11,7 +11,7 @@ from migration import commands as do
 from migration import events as told
 from migration.codec import ChunkHeader, encode_chunk, page_hashes
 from migration.dest_machine import RESUMABLE_PHASES, DestMachine, DestPhase
-from migration.errors import RemoteProtocolError
+from migration.errors import LocalProtocolError, RemoteProtocolError
 from migration.identity import AttemptKey
 from migration.pages import PAGE_BYTES
 from migration.testing import MachinePair
@@ -162,3 +162,44 @@ def test_a_store_that_does_not_end_is_no_joined_stream(receiver):
     receiver.begin_stream(lambda: None)
     with receiver._lanes[0].storing:
         assert not receiver.join_streams(0.01)
+
+
+class TestGivenAway:
+    """A destination whose guest left again: what may come in, and what is over."""
+
+    def gave_away(self):
+        pair = MachinePair(8)
+        assert pair.run() == "completed"
+        pair.dest_machine.handle(told.GuestGivenAway(pair.key.next_epoch))
+        pair.guest.running_at, pair.dest.running = "nobody", False
+        return pair
+
+    def test_it_takes_the_same_guest_in_again_at_a_later_epoch(self):
+        pair = self.gave_away()
+        assert pair.dest_machine.phase is DestPhase.IDLE
+        pair.drive_dest(told.OpenRequested(AttemptKey("back", 1, 3), 8))
+        assert pair.dest_machine.phase is DestPhase.RECEIVING
+
+    @pytest.mark.parametrize("epoch", [1, 2])
+    def test_what_an_older_leg_still_says_means_nothing(self, epoch):
+        pair = self.gave_away()
+        for key in (pair.key, AttemptKey("m", 7, epoch), AttemptKey("unheard of", 1, epoch)):
+            old = AttemptKey(key.migration, key.attempt, epoch)
+            with pytest.raises(RemoteProtocolError, match="gave the guest away at epoch 2"):
+                pair.drive_dest(told.OpenRequested(old, 8))
+            for call in (told.CommitRequested(old, 1), told.AbortRequested(old, "x")):
+                assert pair.drive_dest(call).answer is told.Answer.UNKNOWN
+
+    def test_a_guest_that_runs_here_is_not_forgotten_for_one_that_left_earlier(self):
+        pair = MachinePair(8)
+        pair.run()
+        with pytest.raises(LocalProtocolError):
+            pair.dest_machine.handle(told.GuestGivenAway(1))
+        assert pair.dest_machine.phase is DestPhase.COMMITTED
+
+    @pytest.mark.parametrize("phase", [DestPhase.RECEIVING, DestPhase.PREPARED, DestPhase.STARTING])
+    def test_nothing_is_forgotten_while_a_guest_is_coming(self, phase):
+        machine = DestMachine()
+        machine.phase = phase
+        with pytest.raises(LocalProtocolError):
+            machine.handle(told.GuestGivenAway(5))

@@ -20,7 +20,19 @@ DEVICE = {
 }
 REQUESTS = {
     **{
-        op: {} for op in ("hello", "ram", "pause", "save", "discard", "frames", "check", "freeze", "shutdown")
+        op: {}
+        for op in (
+            "hello",
+            "ram",
+            "pause",
+            "save",
+            "discard",
+            "frames",
+            "check",
+            "freeze",
+            "standby",
+            "shutdown",
+        )
     },
     "resume": {"guest_epoch": 3},
     "throttle": {"percent": 50},
