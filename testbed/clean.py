@@ -1,7 +1,8 @@
 """Removes what crashed runs left behind, and nothing else.
 
 Rule 1: an object is ours when it carries our label: a process the run's name in its environment and one of
-        our command lines, a directory our name, our owner and our lock file, a control group our name and owner.
+        our command lines, a directory our name, our owner and our lock file, a control group our name and owner, a
+        container, network or volume the labels of a run of this user on this machine (hosts/leftovers.py).
 Rule 2: it is left behind when its run is dead: nobody holds the lock of the run's runtime directory any more. A
         control group names the agent that made it, and is left behind when that is gone: whatever is in it is a
         guest that nobody holds, and may be frozen.
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from linux_guest.freezer import FreezerGroup, groups_named
-from testbed.hosts import runtime_dir
+from testbed.hosts import leftovers, runtime_dir
+from testbed.hosts.leftovers import LeftObject
 from testbed.hosts.local import RUN_LABEL, RUNTIME_LABEL
 
 if TYPE_CHECKING:
@@ -64,17 +66,25 @@ class LeftGroup:
         return f"control group {self.group.path}"
 
 
-Left = LeftProcess | LeftDirectory | LeftGroup
+Left = LeftProcess | LeftDirectory | LeftGroup | LeftObject
 
 
 def find() -> list[Left]:
-    """Everything that dead runs left behind. Groups first: what is frozen in them cannot end before it is thawed.
+    """Everything that dead runs left behind; see `look`."""
+    return look()[0]
 
-    Then processes, which may hold the directories' sockets.
+
+def look() -> tuple[list[Left], list[str]]:
+    """(everything that dead runs left behind, what could not be looked into).
+
+    Groups come first: what is frozen in them cannot end before it is thawed. Directories come last: processes may
+    hold their sockets, and they name the engines that their runs used. They stay while such an engine is away.
     """
     groups = [LeftGroup(group) for group in groups_named("ballast-*-*") if _is_left(group)]
-    directories = [LeftDirectory(path) for path in runtime_dir.found() if runtime_dir.is_dead(path)]
-    return [*groups, *_processes(), *directories]
+    dead = [path for path in runtime_dir.found() if runtime_dir.is_dead(path)]
+    objects, problems = leftovers.find(dead, _run_is_dead)
+    directories = [LeftDirectory(path) for path in dead if not (problems and leftovers.contexts_of(path))]
+    return [*groups, *objects, *_processes(), *directories], problems
 
 
 def remove(left: Left) -> bool:
@@ -84,6 +94,8 @@ def remove(left: Left) -> bool:
             return _kill(left)
         case LeftGroup(group):
             return _is_left(group) and group.end()
+        case LeftObject():
+            return leftovers.remove(left, _run_is_dead)
         case LeftDirectory():
             return _delete(left)
 

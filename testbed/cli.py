@@ -38,6 +38,13 @@ app = typer.Typer(
 Out = Annotated[Path, typer.Option("--out", help="Where run directories go.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the scenario's own.")]
+HostsKind = Annotated[
+    str | None, typer.Option("--hosts", help="local or docker (containers); overrides hosts.kind.")
+]
+ContextSource = Annotated[
+    str | None, typer.Option("--context-source", help="Docker context of the source and of any third host.")
+]
+ContextDest = Annotated[str | None, typer.Option("--context-dest", help="Docker context of the destination.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in guest.workload.1.fraction=0.5."),
@@ -48,9 +55,13 @@ RUNS = Path("runs")
 
 @app.command()
 def demo(
+    *,
     memory: Annotated[str, typer.Option("--memory", help="Of the guest.")] = "1GiB",
     out: Out = RUNS,
     seed: Seed = None,
+    hosts: HostsKind = None,
+    context_source: ContextSource = None,
+    context_dest: ContextDest = None,
     as_json: Json = False,
 ) -> None:
     """Migrate a guest four times, skipping nothing, zero pages, hinted pages, both; show what hints saved."""
@@ -61,7 +72,7 @@ def demo(
         from testbed.progress import display
         from testbed.tables import demo_table
 
-        arms = scenarios(memory, seed)
+        arms = scenarios(memory, _unnamed(seed, hosts, context_source, context_dest))
         for scenario in arms.values():
             require(scenario)
         with Interrupt() as interrupt, display() as shown:
@@ -80,9 +91,9 @@ def run(
     scenario: ScenarioPath,
     *,
     overrides: Overrides = None,
-    hosts: Annotated[
-        str | None, typer.Option("--hosts", help="local or docker; overrides hosts.kind.")
-    ] = None,
+    hosts: HostsKind = None,
+    context_source: ContextSource = None,
+    context_dest: ContextDest = None,
     out: Out = RUNS,
     seed: Seed = None,
     as_json: Json = False,
@@ -95,7 +106,7 @@ def run(
         from testbed.scenario_file import load
         from testbed.tables import run_report
 
-        chosen = load(scenario, overrides or (), _unnamed(seed, hosts))
+        chosen = load(scenario, overrides or (), _unnamed(seed, hosts, context_source, context_dest))
         with Interrupt() as interrupt, display() as shown:
             finished = run_scenario(chosen, out, interrupt, shown.begin(chosen.name))
             shown.finish(chosen.name, finished)
@@ -113,6 +124,9 @@ def compare(
     vary: Annotated[list[str], typer.Option("--vary", metavar="KEY=A,B,C", help="May be repeated.")],
     repeat: Annotated[int, typer.Option("--repeat", min=1, max=100, help="Runs per variant.")] = 3,
     overrides: Overrides = None,
+    hosts: HostsKind = None,
+    context_source: ContextSource = None,
+    context_dest: ContextDest = None,
     out: Out = RUNS,
     seed: Seed = None,
     as_json: Json = False,
@@ -124,7 +138,7 @@ def compare(
         from testbed.progress import display
         from testbed.tables import compare_table
 
-        fixed = [*_unnamed(seed, None), *(overrides or ())]
+        fixed = [*_unnamed(seed, hosts, context_source, context_dest), *(overrides or ())]
         chosen = variants(scenario, vary, fixed)
         with Interrupt() as interrupt, display() as shown:
             finished = run_variants(
@@ -227,11 +241,14 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove what crashed runs left behind: processes and directories that carry our label."""
+    """Remove what crashed runs left behind: processes, containers, networks, directories that carry our label."""
     with _told():
-        from testbed.clean import find, remove
+        from testbed.clean import look, remove
 
-        removed = [str(left) for left in find() if dry_run or remove(left)]
+        found, problems = look()
+        for problem in problems:
+            typer.echo(f"ballast: {problem}", err=True)
+        removed = [str(left) for left in found if dry_run or remove(left)]
         if as_json:
             _print_json({"schema": 1, "dry_run": dry_run, "removed": removed})
             return
@@ -264,12 +281,20 @@ def _exit(codes: Iterable[int]) -> None:
         raise typer.Exit(gravest)
 
 
-def _unnamed(seed: int | None, hosts: str | None) -> list[str]:
+def _unnamed(
+    seed: int | None,
+    hosts: str | None = None,
+    context_source: str | None = None,
+    context_dest: str | None = None,
+) -> list[str]:
     """Options that stand for overrides and do not appear in the scenario's name."""
-    return [
-        *([] if seed is None else [f"seed={seed}"]),
-        *([] if hosts is None else [f"hosts.kind={hosts}"]),
-    ]
+    chosen = {
+        "seed": seed,
+        "hosts.kind": hosts,
+        "hosts.context_source": context_source,
+        "hosts.context_dest": context_dest,
+    }
+    return [f"{key}={value}" for key, value in chosen.items() if value is not None]
 
 
 def _print(renderable: RenderableType) -> None:

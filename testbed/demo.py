@@ -16,6 +16,8 @@ from testbed.scenario_file import parse
 from testbed.units import parse_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from testbed.interrupt import Interrupt
     from testbed.progress import Display
     from testbed.scenario import Scenario
@@ -27,19 +29,18 @@ FILES_BYTES_MAX: Final = 64 << 20
 FILES_PART: Final = 8
 
 
-def scenarios(memory: str, seed: int | None) -> dict[str, Scenario]:
-    """The four arms for a guest of this size. Raises UsageError when the size is not possible."""
+def scenarios(memory: str, unnamed: Sequence[str] = ()) -> dict[str, Scenario]:
+    """The four arms for a guest of this size, with more overrides. Raises UsageError where one is not possible."""
     try:
         memory_bytes = parse_bytes(memory)
     except ValueError as error:
         raise UsageError(f"--memory: {error}") from error
     files_bytes = min(FILES_BYTES_MAX, memory_bytes // FILES_PART)
     sizes = [f"guest.memory={memory_bytes}", f"guest.workload.0.bytes_max={files_bytes}"]
-    seeds = [] if seed is None else [f"seed={seed}"]
     text = DEMO.read_text(encoding="utf-8")
     return {
         arm: parse(
-            text, default_name=DEMO.stem, overrides=[f"migration.skip={arm}"], unnamed=[*sizes, *seeds]
+            text, default_name=DEMO.stem, overrides=[f"migration.skip={arm}"], unnamed=[*sizes, *unnamed]
         )
         for arm in ARMS
     }

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
-from testbed import machine
+from testbed import container_checkups, machine
+from testbed.checkup import Checkup
 from testbed.units import format_bytes
 
 if TYPE_CHECKING:
@@ -19,18 +20,6 @@ if TYPE_CHECKING:
 
 DEMO_BYTES: Final = 2 * (1 << 30) + machine.PROCESSES_BYTES
 PAGEMAP_SCAN_KERNEL: Final = (6, 7)
-
-
-@dataclass(frozen=True, slots=True)
-class Checkup:
-    """One capability."""
-
-    name: str
-    ok: bool
-    required: bool
-    found: str
-    needed_for: str
-    remedy: str = ""
 
 
 def examine() -> list[Checkup]:
@@ -44,7 +33,7 @@ def examine() -> list[Checkup]:
         _sock_diag(),
         _linux_guest(),
         _freezer(),
-        _docker(),
+        *container_checkups.examine(),
     ]
 
 
@@ -158,16 +147,4 @@ def _freezer() -> Checkup:
         found=reason or "froze a process",
         needed_for="guest.kind = 'linux': the guest is frozen at the end",
         remedy="be root, or have a control group of your own",
-    )
-
-
-def _docker() -> Checkup:
-    engine, reason = machine.probe_docker()
-    return Checkup(
-        "Docker engine",
-        ok=not reason,
-        required=False,
-        found=f"engine {engine}" if engine else reason,
-        needed_for="hosts in containers; local runs do without",
-        remedy="start a Docker engine",
     )

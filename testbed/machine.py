@@ -32,8 +32,6 @@ PROBE_S: Final = 20.0
 # Beside guest RAM: four Python processes with gRPC and numpy, chunks in flight, page hashes.
 PROCESSES_BYTES: Final = 768 << 20
 LINUX_RAM: Final = "/dev/shm"  # noqa: S108 - where User-Mode Linux keeps its RAM, as a file without a name
-DOCKER_S: Final = 3
-DOCKER_HOST: Final = "unix:///var/run/docker.sock"  # the engine's own default
 
 
 def facts() -> dict[str, Any]:
@@ -161,41 +159,3 @@ def probe_sock_diag() -> str:
         except Exception as error:  # noqa: BLE001 - netlink errors have no common base; the reason is the answer
             return f"TCP_INFO by sock_diag: {error}"
     return "" if counted.tx_bytes == 1 else f"TCP_INFO counts {counted.tx_bytes} bytes where 1 was sent"
-
-
-def probe_docker() -> tuple[str, str]:
-    """(engine version, why not): for hosts in containers."""
-    import docker  # noqa: PLC0415 - slow to import, and only this probe needs it
-    from docker.errors import DockerException  # noqa: PLC0415
-
-    address = os.environ.get("DOCKER_HOST", DOCKER_HOST)
-    if address.startswith("unix://"):
-        # The SDK leaves its socket open when nobody listens; looking first also names the socket.
-        path = address.removeprefix("unix://")
-        try:
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.connect(path)
-        except OSError as error:
-            return "", f"no engine answers at {path}: {error.strerror or error}"
-    try:
-        client = docker.from_env(timeout=DOCKER_S)
-    except DockerException as error:
-        return "", _innermost(error)
-    try:
-        return str(client.version()["Version"]), ""
-    except (DockerException, OSError) as error:
-        return "", _innermost(error)
-    finally:
-        client.close()
-
-
-def _innermost(error: BaseException) -> str:
-    """The reason under the layers that HTTP libraries put around it: as cause, context or argument."""
-    while True:
-        inner = error.__cause__ or error.__context__
-        inner = inner or next((part for part in error.args if isinstance(part, BaseException)), None)
-        if inner is None:
-            break
-        error = inner
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-    return f"no engine answers: {text}"

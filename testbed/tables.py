@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from testbed.checkers import Judgement
+    from testbed.checkup import Checkup
     from testbed.compare import Summary
-    from testbed.doctor import Checkup
     from testbed.result import PredictedPart, Result
 
 VERDICT_STYLES: Final = {"valid": "bold green", "invalid": "bold red", "unknown": "bold yellow"}

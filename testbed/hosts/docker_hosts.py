@@ -21,7 +21,7 @@ from docker.types import IPAMConfig, IPAMPool
 
 from testbed.certificates import make_run_authority
 from testbed.errors import RunBrokenError
-from testbed.hosts import labels, subnets
+from testbed.hosts import labels, leftovers, subnets
 from testbed.hosts.command_lines import Places, agent_arguments, node_arguments, write_workloads
 from testbed.hosts.container import DATA, TLS, RunContainer, inside_user
 from testbed.hosts.container_process import INSIDE, ContainerProcess
@@ -107,6 +107,7 @@ class DockerHosts:
         with ExitStack() as stack:
             engine = connect(self._scenario.hosts.context_source)
             stack.callback(engine.close)
+            leftovers.write_down(self._runtime.path, [self._scenario.hosts.context_source])
             image = ensure(engine.client, self._history.note)
             network, addresses = self._make_network(engine)
             stack.callback(self._remove_network, network)
