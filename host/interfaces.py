@@ -3,7 +3,8 @@
 Rule 1: everything that leaves or enters by an interface of this network namespace counts, from the moment at
         which the meter is made; the loopback and interfaces that only pass packets on inside the namespace do not.
 Rule 2: counts only grow. An interface that goes takes its counters with it and the next one begins at 0: the
-        kernel tells the last figures when it goes (RTM_DELLINK), and they are kept.
+        kernel tells the last figures when it goes down and when it goes (RTM_NEWLINK, RTM_DELLINK), and they are
+        kept.
 Rule 3: counters of interfaces count what is handed to them: with segmentation offload packets of up to 64 KiB,
         without it what a cable would carry. Which of the two is said beside the figures.
 
@@ -68,6 +69,15 @@ class InterfaceCount:
             self.rx_packets - other.rx_packets,
         )
 
+    def at_least(self, other: InterfaceCount) -> InterfaceCount:
+        """Each figure or the other's, whichever is larger."""
+        return InterfaceCount(
+            max(self.tx_bytes, other.tx_bytes),
+            max(self.rx_bytes, other.rx_bytes),
+            max(self.tx_packets, other.tx_packets),
+            max(self.rx_packets, other.rx_packets),
+        )
+
     def fields(self) -> dict[str, int]:
         """For an event."""
         return {
@@ -129,11 +139,16 @@ class InterfaceMeter:
         message = ifinfmsg(raw)
         message.decode()
         index = message["index"]
-        if message["header"]["type"] == RTM_DELLINK and (index in self._last or _counts(message)):
-            count = _count_of(message) or self._last.get(index, NOTHING)
+        if index not in self._last and not _counts(message):
+            return
+        # A veth whose peer is gone already has forgotten what it received: the larger figures are the true ones.
+        count = (_count_of(message) or NOTHING).at_least(self._last.get(index, NOTHING))
+        if message["header"]["type"] == RTM_DELLINK:
             self._gone += count - self._before.pop(index, NOTHING)
             self._last.pop(index, None)
             self._counted.pop(index, None)
+        else:
+            self._last[index] = count
 
 
 def segmentation_offload() -> bool | None:

@@ -53,6 +53,10 @@ class History:
         """Calls `subscriber` with every later event, on the thread that records it."""
         self._subscribers.append(subscriber)
 
+    def unsubscribe(self, subscriber: Callable[[Event], None]) -> None:
+        """Undoes `subscribe`."""
+        self._subscribers.remove(subscriber)
+
     def note(self, name: str, **fields: Any) -> Event:
         """Adds something that the testbed itself did or saw, now."""
         return self.record("testbed", name, fields, now_ns())
@@ -65,7 +69,7 @@ class History:
             os.write(self._fd, line.encode())
             self._events.append(event)
             self._changed.notify_all()
-        for subscriber in self._subscribers:
+        for subscriber in tuple(self._subscribers):
             subscriber(event)
         return event
 

@@ -18,6 +18,7 @@ from testbed.errors import InterruptedRunError, RunBrokenError, TestbedError
 from testbed.history import History
 from testbed.hosts.opening import open_hosts
 from testbed.hosts.runtime_dir import RuntimeDir
+from testbed.meters import outside_witness
 from testbed.record import load
 from testbed.result import Result, build
 from testbed.run_dir import RunDir, create, write_json, write_lines
@@ -124,9 +125,12 @@ def _drive(
     runtime = RuntimeDir(run_id)
     try:
         history.note("run_started", run=run_id, scenario=scenario.name, seed=scenario.seed)
-        with open_hosts(
-            scenario, run_id, run_dir=run_dir, runtime=runtime, history=history, interrupt=interrupt
-        ) as hosts:
+        with (
+            open_hosts(
+                scenario, run_id, run_dir=run_dir, runtime=runtime, history=history, interrupt=interrupt
+            ) as hosts,
+            outside_witness(hosts, history),
+        ):
             drive(
                 Session(
                     scenario,
