@@ -1,4 +1,4 @@
-"""Real interface counters, at both ends, explained layer by layer; offloads on and off; a new interface in between."""
+"""Real interface counters at both ends, explained layer by layer; offloads on and off; a new interface midway."""
 
 import pytest
 
