@@ -1,12 +1,14 @@
 """Orders that a migration machine gives to its shell. Imperatives, frozen, one closed union per side.
 
 Rule 1: a shell carries commands out in the order given, and answers with the event named in the command.
-Rule 2: a command that fails is answered by HostFailed or PeerLost (source) or ImageRefused (destination).
+Rule 2: a command that fails is answered by HostFailed, LinkLost or PeerLost (source), or ImageRefused
+        (destination).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from migration.events import Answer, Recorded, Timer
 from migration.identity import AttemptKey
@@ -29,6 +31,27 @@ class OpenDestination:
     """Ask the destination for zeroed memory and open the page stream -> DestinationOpened."""
 
     key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeDestination:
+    """Connect again and ask for this very attempt -> DestinationResumed, LinkLost or PeerLost."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeStreams:
+    """Open the page streams again, each behind what the destination has stored -> StreamsResumed."""
+
+    stored_below: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ThrottleGuest:
+    """Have the vCPU sleep this share of its time; 0 lifts the throttle. No answer."""
+
+    percent: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +124,7 @@ class SaveGuest:
 
 @dataclass(frozen=True, slots=True)
 class SendPrepare:
-    """-> PrepareAnswered, or PeerLost."""
+    """-> PrepareAnswered, LinkLost or PeerLost. May be ordered again: the destination answers the same."""
 
     key: AttemptKey
     image_digest: int
@@ -110,7 +133,7 @@ class SendPrepare:
 
 @dataclass(frozen=True, slots=True)
 class SendCommit:
-    """-> CommitAnswered, or PeerLost."""
+    """-> CommitAnswered, LinkLost or PeerLost."""
 
     key: AttemptKey
     image_digest: int
@@ -162,17 +185,32 @@ class Note:
     fields: dict[str, object]
 
 
+class Cause(Enum):
+    """What made an attempt turn back: after a lost link or destination another attempt may go better."""
+
+    NONE = ""
+    REQUEST = "request"
+    LIMIT = "limit"
+    LINK = "link"
+    DESTINATION = "destination"
+    HOST = "host"
+
+
 @dataclass(frozen=True, slots=True)
 class EndMigration:
     """The attempt is over; nothing follows."""
 
     outcome: str  # completed | rehearsal | cancelled | failed
     reason: str
+    cause: Cause = Cause.NONE
 
 
 SourceCommand = (
     RecordState
     | OpenDestination
+    | ResumeDestination
+    | ResumeStreams
+    | ThrottleGuest
     | StartTracking
     | Harvest
     | OpenHints

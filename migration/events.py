@@ -66,6 +66,8 @@ class Timer(Enum):
     HINT_WAIT = "hint_wait"
     MIGRATION = "migration"
     COMMIT_RETRY = "commit_retry"
+    LINK = "link"  # how long a lost connection may take to come back
+    LINK_RETRY = "link_retry"
 
 
 # --- source ---------------------------------------------------------------------------------------
@@ -213,8 +215,33 @@ class TimerFired:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkLost:
+    """The connection broke, or the destination cannot be reached: it may come back."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationResumed:
+    """The destination goes on with this attempt; per stream, chunks with a lower sequence are stored."""
+
+    stored_below: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamsResumed:
+    """The page streams are open again, behind what is stored.
+
+    They send the pages of lost chunks (`resent_pages`) again by themselves, and a batch or a wait that was under
+    way is told as ever.
+    """
+
+    resent_pages: int
+
+
+@dataclass(frozen=True, slots=True)
 class PeerLost:
-    """The destination cannot be reached, refused, or broke the protocol."""
+    """The destination refused or broke the protocol: asking again would change nothing."""
 
     reason: str
 
@@ -252,6 +279,9 @@ SourceEvent = (
     | StateRecorded
     | GuestResumed
     | TimerFired
+    | LinkLost
+    | DestinationResumed
+    | StreamsResumed
     | PeerLost
     | HostFailed
     | CancelRequested

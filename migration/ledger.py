@@ -2,7 +2,8 @@
 
 Rule 1: pages are counted as bits that changed, so a page hinted twice in a round counts once.
 Rule 2: every hinted page of a round was either skipped, or late, or not in the round's set (absent).
-Rule 3: every candidate page of a round was either sent as data, or sent as a zero record, or skipped.
+Rule 3: every candidate page of a round was either sent as data, or sent as a zero record, or skipped. A page
+        whose chunk was lost with the connection goes once more: it is counted apart, as resent.
 Rule 4: a round whose sums do not balance is a bug on this side and is never reported as a result.
 Rule 5: a page re-dirtied was skipped in its round and is in the harvest that ended the round; it stays
         counted as skipped, because that round did not send it.
@@ -30,6 +31,7 @@ class RoundTotals:
     rejected_ranges: int
     payload_bytes: int
     ballooned_pages: int = 0
+    resent_pages: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """The entry of this round in the result document's `hints.rounds`."""
@@ -53,6 +55,7 @@ class RoundLedger:
     rejected_ranges: int = 0  # not a range of this guest's memory: ignored
     payload_bytes: int = 0
     ballooned_pages: int = 0  # not candidates of this round, because they are in the balloon
+    resent_pages: int = 0  # once more, because their chunks were lost with the connection; in no sum
 
     def count_stale(self, pages: int) -> None:
         """Counts pages hinted under another command id."""
@@ -127,6 +130,11 @@ class MigrationLedger:
     def skipped_pages(self) -> int:
         """Skipped pages over all rounds; a page skipped in two rounds counts twice."""
         return sum(totals.skipped_pages for totals in self.rounds)
+
+    @property
+    def resent_pages(self) -> int:
+        """Pages sent once more over all rounds."""
+        return sum(totals.resent_pages for totals in self.rounds)
 
     @property
     def payload_bytes(self) -> int:

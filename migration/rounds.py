@@ -12,7 +12,7 @@ Rule 6: a stall decides what `on_stall` says, and nothing by default: then only 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Literal, TypeAlias
 
@@ -37,6 +37,7 @@ class DecisionKind(Enum):
     THROTTLE = auto()  # another round, with a guest slowed to `throttle_percent`
     STOP_COPY = auto()
     CANCEL = auto()
+    HANDOVER = auto()  # after stop-and-copy: not decided, but told in the same words
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Decision:
     kind: DecisionKind
     reason: str
     throttle_percent: int = 0  # of THROTTLE
+    downtime_ms_estimated: float = 0.0  # of a stop at this moment: sending what is left
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ class RoundStats:
     rate_bytes_per_s: float  # payload of the newest rounds, while sending; 0 when nothing was sent
     before: tuple[int, ...] = ()  # remaining_pages after the earlier rounds under this throttle, oldest first
     throttle_percent: int = 0  # in force during the round
+    link_up: bool = True
 
 
 def estimated_rate(rate_bytes_per_s: float, limits: Limits) -> float:
@@ -105,9 +108,17 @@ def estimated_downtime_ms(remaining_pages: int, rate_bytes_per_s: float, limits:
 
 def decide(stats: RoundStats, limits: Limits) -> Decision:
     """The rule. Reasons to stop come before reasons to give up: who converged late still converged."""
+    downtime_ms = estimated_downtime_ms(stats.remaining_pages, stats.rate_bytes_per_s, limits)
+    decision = replace(_rule(stats, limits, downtime_ms), downtime_ms_estimated=downtime_ms)
+    if decision.kind is DecisionKind.STOP_COPY and not stats.link_up:
+        reason = f"{decision.reason}; but the link is lost, and the guest does not stand still for that"
+        return replace(decision, kind=DecisionKind.NEXT_ROUND, reason=reason)
+    return decision
+
+
+def _rule(stats: RoundStats, limits: Limits, downtime_ms: float) -> Decision:
     if stats.remaining_pages == 0:
         return Decision(DecisionKind.STOP_COPY, "nothing is left to send")
-    downtime_ms = estimated_downtime_ms(stats.remaining_pages, stats.rate_bytes_per_s, limits)
     figures = f"{stats.remaining_pages} pages left, about {downtime_ms:.1f} ms"
     if downtime_ms <= limits.downtime_limit_ms:
         return Decision(

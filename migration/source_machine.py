@@ -7,8 +7,14 @@ Rule 3: the end is pause, rings stopped, last harvest, last pages, state, Prepar
 Rule 4: before COMMITTING is recorded every failure ends in ABORTED, recorded before the guest runs again.
 Rule 5: after COMMITTING is recorded only the destination's answer decides; "unknown" is no answer.
 Rule 6: however an attempt ends at the source, a guest that was asked for hints is told DONE.
-Rule 7: a rehearsal goes the same way up to Prepare, which only verifies, and then turns back like any attempt that
+Rule 7: while the link is lost nothing is sent and no guest is paused; the rest goes on. A guest that stood still
+        before stands still, until the link is back or its time or the migration's is over.
+Rule 8: a throttle is in force only while pages are being sent to a destination that can be reached: it is lifted
+        when the guest is paused, when the link is lost, and before an attempt ends.
+Rule 9: a rehearsal goes the same way up to Prepare, which only verifies, and then turns back like any attempt that
         cannot go on: ABORTED is recorded before the guest runs. It never comes near COMMITTING.
+
+The books of the rounds are in round_book.py, what a lost link asks for in link_recovery.py.
 """
 
 from __future__ import annotations
@@ -19,78 +25,33 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migration.commands import (
-    AbortDestination,
-    ArmTimer,
-    AwaitAcknowledgements,
-    CloseHints,
-    DisarmTimer,
-    EndHints,
-    EndMigration,
-    ForgetDestination,
-    FreezeGuest,
-    Harvest,
-    KeepEvidence,
-    Note,
-    OpenDestination,
-    OpenHints,
-    PauseGuest,
-    RecordState,
-    ResumeGuest,
-    SaveGuest,
-    SendCommit,
-    SendPages,
-    SendPrepare,
-    SourceCommand,
-    StartTracking,
-)
+from migration import commands as do
+from migration import events as told
+from migration.commands import Cause, SourceCommand
 from migration.errors import LocalProtocolError
-from migration.events import (
-    AllAcknowledged,
-    Answer,
-    CancelRequested,
-    CommitAnswered,
-    CommitPending,
-    DestinationOpened,
-    EvidenceKept,
-    GuestPaused,
-    GuestSaved,
-    Harvested,
-    HintsClosed,
-    HintsOpened,
-    HintsReported,
-    HostFailed,
-    MigrationRequested,
-    PagesSent,
-    PeerLost,
-    PrepareAnswered,
-    Recorded,
-    Skip,
-    SourceEvent,
-    StateRecorded,
-    Timer,
-    TimerFired,
-    TrackingStarted,
-)
-from migration.ledger import MigrationLedger, RoundTotals
-from migration.round_set import RoundSet
-from migration.rounds import DecisionKind, Limits, RoundStats, decide
+from migration.events import Answer, Recorded, Skip, SourceEvent, Timer
+from migration.identity import AttemptKey
+from migration.link_recovery import LinkRecovery
+from migration.round_book import RoundBook
+from migration.rounds import Decision, DecisionKind, Limits, decide
 from migration.source_phases import (
     FINAL_PHASES,
     HINT_PHASES,
     LATE_ANSWERS,
+    RECOVERIES,
     REVERSIBLE_PHASES,
     TRANSITIONS,
     TURNED_PHASES,
+    Recovery,
     SourcePhase,
 )
 
 if TYPE_CHECKING:
+    from migration.ledger import MigrationLedger
     from migration.pages import BoolArray
+    from migration.round_set import RoundSet
 
 COMMIT_RETRY_MS = 500  # the guest stands still meanwhile: ask often, but do not hammer a dead host
-BATCH_PAGES = 2048  # 8 MiB: hints and decisions take effect between batches; smaller ones cost hand-overs
-
 
 P = SourcePhase
 
@@ -100,7 +61,8 @@ class SourceMachine:
 
     def __init__(self) -> None:
         self.phase = P.IDLE
-        self.ledger = MigrationLedger()
+        self.book = RoundBook()
+        self.downtime_ms_estimated: float | None = None  # when the guest was paused for good
         self._handlers: dict[SourcePhase, Callable[[SourceEvent], list[SourceCommand]]] = {
             P.IDLE: self._on_idle,
             P.OPENING: self._on_opening,
@@ -123,21 +85,21 @@ class SourceMachine:
             P.ABORTING: self._on_aborting,
             P.RESUMING: self._on_resuming,
         }
-        self._request: MigrationRequested
-        self._round: RoundSet | None = None
-        self._round_started_ns = 0
-        self._sending_since_ns = 0
-        self._sending_ns = 0
-        self._payload_bytes = 0
+        self._request: told.MigrationRequested
+        self.link = LinkRecovery(AttemptKey("", 0, 0), 0)
+        self._throttle_percent = 0  # that the guest was told last
         self._pending: BoolArray
         self._image_digest = 0
+        self._question: do.SendPrepare | None = None  # once it was asked
         self._commits_unanswered = 0
         self._pause_ordered = False
+        self._all_stored = False  # and the guest is paused: nothing will follow
         self._hints_ordered = False
         self._hints_open = False
         self._command_id: int | None = None  # of the open report, once it was issued
         self._end_phase = P.FAILED
         self._end_reason = ""
+        self._end_cause = Cause.NONE
         self._started_ns = 0
         self._now_ns = 0
 
@@ -150,7 +112,7 @@ class SourceMachine:
             LocalProtocolError: the shell told something that cannot happen in this phase.
         """
         self._now_ns = now_ns
-        if isinstance(event, HintsReported) and not self._counts(event):
+        if isinstance(event, told.HintsReported) and not self._counts(event):
             # The guest may answer late, or an earlier attempt's id, at any time: that is never our error.
             self.ledger.count_stale(event.stale_pages + int(event.page_count.sum()))
             self.ledger.count_rejected(event.rejected_ranges)
@@ -161,13 +123,13 @@ class SourceMachine:
                 return []
             raise LocalProtocolError(f"{type(event).__name__} in phase {self.phase.name}")
         before = self.phase
-        commands = self._turn_back(event) if before in REVERSIBLE_PHASES else None
+        commands = self._at_any_time(event) if before in REVERSIBLE_PHASES else None
         if commands is None:
             commands = self._handlers[before](event)
         assert self.phase in allowed, (before, type(event).__name__, self.phase)
         return commands
 
-    def _counts(self, report: HintsReported) -> bool:
+    def _counts(self, report: told.HintsReported) -> bool:
         return self.phase in HINT_PHASES and self._hints_open and report.command_id == self._command_id
 
     @property
@@ -181,304 +143,357 @@ class SourceMachine:
         return self.phase in FINAL_PHASES
 
     @property
-    def round_set(self) -> RoundSet | None:
-        """The set being sent, for progress; None before round 1."""
-        return self._round
+    def ledger(self) -> MigrationLedger:
+        """The rounds that ended, added up."""
+        return self.book.ledger
 
     @property
-    def _current(self) -> RoundSet:
-        assert self._round is not None, f"no round in phase {self.phase.name}"
-        return self._round
+    def round_set(self) -> RoundSet | None:
+        """The set being sent, for progress; None before round 1."""
+        return self.book.round
 
     # -- beginning -----------------------------------------------------------------------------
 
     def _on_idle(self, event: SourceEvent) -> list[SourceCommand]:
-        if isinstance(event, CommitPending):
+        if isinstance(event, told.CommitPending):
             # What the attempt was asked for no longer matters; if it turns back, the guest is paused here.
-            self._request = MigrationRequested(event.key, 0, Skip.NONE, Limits(), 0)
+            self._request = told.MigrationRequested(event.key, 0, Skip.NONE, Limits(), 0)
             self._image_digest = event.image_digest
             self._pause_ordered = self._hints_ordered = True
             self.phase = P.COMMITTING
-            return [SendCommit(event.key, event.image_digest)]
-        assert isinstance(event, MigrationRequested)
+            return [do.SendCommit(event.key, event.image_digest)]
+        assert isinstance(event, told.MigrationRequested)
         self._request = event
+        self.link = LinkRecovery(event.key, event.limits.link_timeout_ms)
         self._started_ns = self._now_ns
         self.phase = P.OPENING
-        commands: list[SourceCommand] = [RecordState(event.key, Recorded.STARTED)]
+        commands: list[SourceCommand] = [do.RecordState(event.key, Recorded.STARTED)]
         if math.isfinite(event.limits.timeout_ms):
-            commands.append(ArmTimer(Timer.MIGRATION, math.ceil(event.limits.timeout_ms)))
-        return [*commands, OpenDestination(event.key)]
+            commands.append(do.ArmTimer(Timer.MIGRATION, math.ceil(event.limits.timeout_ms)))
+        return [*commands, do.OpenDestination(event.key)]
 
     def _on_opening(self, event: SourceEvent) -> list[SourceCommand]:
-        if not isinstance(event, DestinationOpened):
+        if not isinstance(event, told.DestinationOpened):
             return []
         self.phase = P.ARMING
-        return [StartTracking()]
+        return [*self.link.restored(self._now_ns), do.StartTracking()]
 
     def _on_arming(self, event: SourceEvent) -> list[SourceCommand]:
-        assert isinstance(event, TrackingStarted)
-        if event.ballooned is None:
-            return self._begin_round(np.ones(self._request.pages, np.bool_), 0)
-        return self._begin_round(~event.ballooned, int(np.count_nonzero(event.ballooned)))
+        if not isinstance(event, told.TrackingStarted):
+            return []
+        left_out = np.zeros(self._request.pages, np.bool_) if event.ballooned is None else event.ballooned
+        return self._begin_round(~left_out, int(np.count_nonzero(left_out)))
 
     # -- rounds --------------------------------------------------------------------------------
 
     def _begin_round(self, candidates: BoolArray, ballooned_pages: int) -> list[SourceCommand]:
         hints = self._request.skip.uses_hints
-        note = self._open_round(candidates, ballooned_pages, hints=hints)
+        note = self.book.open(candidates, ballooned_pages, self._now_ns, hints=hints)
         if not hints:
             return [note, *self._send_next(P.SENDING, P.DRAINING)]
         self.phase = P.HINTING
         self._hints_ordered = self._hints_open = True
         self._command_id = None
-        return [note, OpenHints(), ArmTimer(Timer.HINT_WAIT, self._request.hint_wait_ms)]
-
-    def _open_round(self, candidates: BoolArray, ballooned_pages: int, *, hints: bool) -> Note:
-        self._round = RoundSet(len(self.ledger.rounds) + 1, candidates, hints_allowed=hints)
-        self._round.ledger.ballooned_pages = ballooned_pages
-        self._round_started_ns = self._now_ns
-        return Note("round_started", {"round": self._round.index, "candidate_pages": self._round.remaining})
+        return [note, do.OpenHints(), do.ArmTimer(Timer.HINT_WAIT, self._request.hint_wait_ms)]
 
     def _on_hinting(self, event: SourceEvent) -> list[SourceCommand]:
-        if isinstance(event, HintsOpened):
+        if isinstance(event, told.HintsOpened):
             self._command_id = event.command_id
             return []
-        if isinstance(event, HintsReported):
-            self._apply_hints(event)
+        if isinstance(event, told.HintsReported):
+            self.book.hint(event)
             if not event.stopped:
                 return []
-            return [DisarmTimer(Timer.HINT_WAIT), *self._send_next(P.SENDING, P.DRAINING)]
-        if isinstance(event, TimerFired) and event.timer is Timer.HINT_WAIT:
+            return [do.DisarmTimer(Timer.HINT_WAIT), *self._send_next(P.SENDING, P.DRAINING)]
+        if isinstance(event, told.TimerFired) and event.timer is Timer.HINT_WAIT:
             return self._send_next(P.SENDING, P.DRAINING)
         return []
 
-    def _apply_hints(self, event: HintsReported) -> None:
-        self._current.hint(event.pfn_first, event.page_count)
-        self._current.ledger.count_stale(event.stale_pages)
-        self._current.ledger.count_rejected(event.rejected_ranges)
-
     def _send_next(self, sending: SourcePhase, drained: SourcePhase) -> list[SourceCommand]:
-        if self.phase is not sending:
-            self._sending_since_ns = self._now_ns
-        pfns = self._current.take(BATCH_PAGES)
+        if self.phase not in (sending, drained):
+            self.book.begin_sending(self._now_ns)
+        self.phase = sending
+        if not self.link.up:
+            return []  # goes on when the streams are open again
+        pfns = self.book.take()
         if len(pfns) == 0:
             self.phase = drained
-            return [AwaitAcknowledgements()]
-        self.phase = sending
-        return [SendPages(self._current.index, pfns)]
+            return [do.AwaitAcknowledgements()]
+        return [do.SendPages(self.book.current.index, pfns)]
+
+    def _send_on(self) -> list[SourceCommand]:
+        """The next batch of the round under way, whichever it is."""
+        if self.phase in (P.FINAL_SENDING, P.FINAL_DRAINING):
+            return self._send_next(P.FINAL_SENDING, P.FINAL_DRAINING)
+        return self._send_next(P.SENDING, P.DRAINING)
 
     def _on_sending(self, event: SourceEvent) -> list[SourceCommand]:
-        if isinstance(event, HintsReported):
-            self._apply_hints(event)
+        if isinstance(event, told.HintsReported):
+            self.book.hint(event)
             return []
-        if isinstance(event, PagesSent):
-            self._current.record_sent(event.data_pages, event.zero_pages, event.payload_bytes)
-            if self.phase is P.FINAL_SENDING:
-                return self._send_next(P.FINAL_SENDING, P.FINAL_DRAINING)
-            return self._send_next(P.SENDING, P.DRAINING)
+        if isinstance(event, told.PagesSent):
+            self.book.sent(event)
+            return self._send_on()
         return []
 
     def _on_draining(self, event: SourceEvent) -> list[SourceCommand]:
-        if isinstance(event, HintsReported):
-            self._apply_hints(event)
+        if isinstance(event, told.HintsReported):
+            self.book.hint(event)
             return []
-        if not isinstance(event, AllAcknowledged):
+        if not isinstance(event, told.AllAcknowledged):
             return []
         if self._hints_open:
             self.phase = P.CLOSING_HINTS
-            return [CloseHints()]
+            return [do.CloseHints()]
         self.phase = P.HARVESTING
-        return [Harvest()]
+        return [do.Harvest()]
 
     def _on_closing_hints(self, event: SourceEvent) -> list[SourceCommand]:
-        if isinstance(event, HintsClosed):
-            self._apply_hints(event.last)
+        if isinstance(event, told.HintsClosed):
+            self.book.hint(event.last)
             self._hints_open = False
             self.phase = P.HARVESTING
-            return [Harvest()]
-        if isinstance(event, HintsReported):
-            self._apply_hints(event)
+            return [do.Harvest()]
+        if isinstance(event, told.HintsReported):
+            self.book.hint(event)
         return []
 
     def _on_harvesting(self, event: SourceEvent) -> list[SourceCommand]:
-        if not isinstance(event, Harvested):
+        if not isinstance(event, told.Harvested):
             return []
-        totals = self._finish_round(event.dirty)
-        remaining_pages = int(np.count_nonzero(event.dirty))
-        decision = decide(
-            RoundStats(
-                index=totals.index,
-                elapsed_ms=(self._now_ns - self._started_ns) / 1e6,
-                remaining_pages=remaining_pages,
-                rate_bytes_per_s=self._payload_bytes * 1e9 / max(self._sending_ns, 1),
-            ),
-            self._request.limits,
-        )
-        note = self._round_note(totals, remaining_pages, decision.kind.name.lower(), decision.reason)
-        if decision.kind is DecisionKind.NEXT_ROUND:
-            return [note, *self._begin_round(event.dirty, event.ballooned_pages)]
-        if decision.kind is DecisionKind.STOP_COPY:
-            self._pending = event.dirty
-            self._pause_ordered = True
-            self.phase = P.PAUSING
-            return [note, PauseGuest()]
-        return [note, *self._abort(P.CANCELLED, decision.reason)]
-
-    def _finish_round(self, dirty: BoolArray | None) -> RoundTotals:
-        totals = self._current.finish(dirty)
-        self.ledger.add(totals)
-        self._payload_bytes += totals.payload_bytes
-        self._sending_ns += self._now_ns - self._sending_since_ns
-        return totals
-
-    def _round_note(self, totals: RoundTotals, dirtied_pages: int, decision: str, reason: str) -> Note:
-        fields: dict[str, object] = dict(totals.to_dict())
-        fields["round"] = fields.pop("index")
-        return Note(
-            "round_ended",
-            {
-                **fields,
-                "duration_ms": (self._now_ns - self._round_started_ns) / 1e6,
-                "dirtied_pages": dirtied_pages,
-                "decision": decision,
-                "reason": reason,
-            },
-        )
+        totals = self.book.finish(event.dirty, self._now_ns)
+        stats = self.book.stats(event.dirty, self._now_ns - self._started_ns, link_up=self.link.up)
+        decision = decide(stats, self._request.limits)
+        note = self.book.note(totals, stats.remaining_pages, decision, self._now_ns)
+        match decision.kind:
+            case DecisionKind.NEXT_ROUND:
+                self.book.decided(stats, self.book.throttle_percent)
+                return [note, *self._begin_round(event.dirty, event.ballooned_pages)]
+            case DecisionKind.THROTTLE:
+                self.book.decided(stats, decision.throttle_percent)
+                return [
+                    note,
+                    *self._throttle(decision.throttle_percent),
+                    *self._begin_round(event.dirty, event.ballooned_pages),
+                ]
+            case DecisionKind.STOP_COPY:
+                self._pending = event.dirty
+                self._pause_ordered = True
+                self.downtime_ms_estimated = decision.downtime_ms_estimated
+                self.phase = P.PAUSING
+                return [note, do.PauseGuest()]
+            case _:
+                return [note, *self._abort(P.CANCELLED, decision.reason, Cause.LIMIT)]
 
     # -- stop and copy -------------------------------------------------------------------------
 
     def _on_pausing(self, event: SourceEvent) -> list[SourceCommand]:
-        if not isinstance(event, GuestPaused):
+        if not isinstance(event, told.GuestPaused):
             return []
         self.phase = P.FINAL_HARVESTING
-        return [Harvest()]
+        return [*self._throttle(0), do.Harvest()]
 
     def _on_final_harvesting(self, event: SourceEvent) -> list[SourceCommand]:
-        if not isinstance(event, Harvested):
+        if not isinstance(event, told.Harvested):
             return []
-        note = self._open_round(self._pending | event.dirty, event.ballooned_pages, hints=False)
+        note = self.book.open(self._pending | event.dirty, event.ballooned_pages, self._now_ns, hints=False)
         return [note, *self._send_next(P.FINAL_SENDING, P.FINAL_DRAINING)]
 
     def _on_final_draining(self, event: SourceEvent) -> list[SourceCommand]:
-        if not isinstance(event, AllAcknowledged):
+        if not isinstance(event, told.AllAcknowledged):
             return []
-        totals = self._finish_round(None)
+        self._all_stored = True
+        return self._save() if self.link.up else []
+
+    def _save(self) -> list[SourceCommand]:
+        totals = self.book.finish(None, self._now_ns)
         self.phase = P.SAVING
+        handover = Decision(DecisionKind.HANDOVER, "the guest is paused and every page is sent")
         return [
-            self._round_note(totals, 0, "handover", "the guest is paused and every page is sent"),
-            SaveGuest(self._request.rehearsal),
+            self.book.note(totals, 0, handover, self._now_ns),
+            do.SaveGuest(self._request.rehearsal),
         ]
 
     # -- hand-over -----------------------------------------------------------------------------
 
     def _on_saving(self, event: SourceEvent) -> list[SourceCommand]:
-        if not isinstance(event, GuestSaved):
+        if not isinstance(event, told.GuestSaved):
             return []
         self._image_digest = event.image_digest
+        self._question = do.SendPrepare(self._request.key, self._image_digest, self._request.rehearsal)
         self.phase = P.PREPARING
-        return [SendPrepare(self._request.key, event.image_digest, self._request.rehearsal)]
+        return [self._question]
 
     def _on_preparing(self, event: SourceEvent) -> list[SourceCommand]:
-        if not isinstance(event, PrepareAnswered):
+        if not isinstance(event, told.PrepareAnswered):
             return []
+        restored = self.link.restored(self._now_ns)
         wanted = Answer.VERIFIED if self._request.rehearsal else Answer.PREPARED
         if event.answer is not wanted:
-            return self._abort(P.FAILED, f"the destination could not prepare: {event.reason}")
+            reason = f"the destination could not prepare: {event.reason}"
+            return [*restored, *self._abort(P.FAILED, reason, Cause.DESTINATION)]
         if self._request.rehearsal:
             self.phase = P.KEEPING_EVIDENCE
-            return [KeepEvidence()]
+            return [*restored, do.KeepEvidence()]
         self.phase = P.RECORDING
-        return [RecordState(self._request.key, Recorded.COMMITTING)]
+        return [*restored, do.RecordState(self._request.key, Recorded.COMMITTING)]
 
     def _on_keeping_evidence(self, event: SourceEvent) -> list[SourceCommand]:
-        if not isinstance(event, EvidenceKept):
+        if not isinstance(event, told.EvidenceKept):
             return []
-        return self._abort(P.REHEARSED, "a rehearsal: the guest goes on at the source")
+        return self._abort(P.REHEARSED, "a rehearsal: the guest goes on at the source", Cause.NONE)
 
     def _on_recording(self, event: SourceEvent) -> list[SourceCommand]:
-        if not isinstance(event, StateRecorded) or event.state is not Recorded.COMMITTING:
+        if not isinstance(event, told.StateRecorded) or event.state is not Recorded.COMMITTING:
             return []
         self.phase = P.COMMITTING
-        return [DisarmTimer(Timer.MIGRATION), SendCommit(self._request.key, self._image_digest)]
+        return [do.DisarmTimer(Timer.MIGRATION), do.SendCommit(self._request.key, self._image_digest)]
 
     def _on_committing(self, event: SourceEvent) -> list[SourceCommand]:
         key = self._request.key
-        if isinstance(event, CommitAnswered) and event.answer is Answer.COMMITTED:
+        if isinstance(event, told.CommitAnswered) and event.answer is Answer.COMMITTED:
             self.phase = P.COMPLETING
-            return [DisarmTimer(Timer.COMMIT_RETRY), FreezeGuest(key), RecordState(key, Recorded.COMPLETED)]
-        if isinstance(event, CommitAnswered) and event.answer is Answer.ABORTED:
-            return self._abort(P.FAILED, f"the destination gave up: {event.reason}")
-        if isinstance(event, TimerFired):
+            return [
+                do.DisarmTimer(Timer.COMMIT_RETRY),
+                do.FreezeGuest(key),
+                do.RecordState(key, Recorded.COMPLETED),
+            ]
+        if isinstance(event, told.CommitAnswered) and event.answer is Answer.ABORTED:
+            return self._abort(P.FAILED, f"the destination gave up: {event.reason}", Cause.DESTINATION)
+        if isinstance(event, told.TimerFired):
             retry = event.timer is Timer.COMMIT_RETRY
-            return [SendCommit(key, self._image_digest)] if retry else []
-        if isinstance(event, CancelRequested | HostFailed):
-            return [Note("cancel_refused", {"reason": "only the destination can decide after COMMITTING"})]
-        reason = event.reason if isinstance(event, CommitAnswered | PeerLost) else ""
+            return [do.SendCommit(key, self._image_digest)] if retry else []
+        if isinstance(event, told.CancelRequested | told.HostFailed):
+            return [do.Note("cancel_refused", {"reason": "only the destination can decide after COMMITTING"})]
+        if isinstance(event, told.DestinationResumed):
+            return []
+        reason = (
+            event.reason if isinstance(event, told.CommitAnswered | told.PeerLost | told.LinkLost) else ""
+        )
         self._commits_unanswered += 1
         times = self._commits_unanswered
         # Asking goes on for as long as it takes; its history stays short: the 1st, 2nd, 4th, 8th ... time.
         note = (
-            [Note("commit_unanswered", {"reason": reason, "times": times})] if times.bit_count() == 1 else []
+            [do.Note("commit_unanswered", {"reason": reason, "times": times})]
+            if times.bit_count() == 1
+            else []
         )
-        return [*note, ArmTimer(Timer.COMMIT_RETRY, COMMIT_RETRY_MS)]
+        return [*note, do.ArmTimer(Timer.COMMIT_RETRY, COMMIT_RETRY_MS)]
 
     def _on_completing(self, event: SourceEvent) -> list[SourceCommand]:
-        assert isinstance(event, StateRecorded)
+        assert isinstance(event, told.StateRecorded)
         self.phase = P.COMPLETED
         return [
-            ForgetDestination(self._request.key),
-            EndMigration("completed", "the destination runs the guest"),
+            do.ForgetDestination(self._request.key),
+            do.EndMigration("completed", "the destination runs the guest"),
         ]
 
+    # -- a lost link ---------------------------------------------------------------------------
+
+    def _at_any_time(self, event: SourceEvent) -> list[SourceCommand] | None:
+        """What this event means in every reversible phase alike, or None when it means something special."""
+        match event:
+            case told.LinkLost(reason):
+                return self._on_link_lost(reason)
+            case told.DestinationResumed():
+                return self.link.answered(event)
+            case told.StreamsResumed():
+                return self._on_streams_resumed(event)
+            case told.TimerFired(Timer.LINK_RETRY):
+                return [] if self.link.up else self.link.ask(self.phase, self._question)
+            case told.TimerFired(Timer.MIGRATION):
+                return self._on_timeout()
+            case _:
+                return self._turn_back(event)
+
+    def _on_link_lost(self, reason: str) -> list[SourceCommand]:
+        if RECOVERIES[self.phase] is Recovery.NOT_NEEDED:
+            return [do.Note("link_lost", {"phase": self.phase.name, "reason": reason})]
+        if not self.link.link_timeout_ms:
+            return self._abort(P.FAILED, reason, Cause.LINK)
+        asked = self.link.lost(self.phase, self._question, reason, self._now_ns)
+        return [*self._throttle(0), *asked]
+
+    def _on_streams_resumed(self, event: told.StreamsResumed) -> list[SourceCommand]:
+        lost_at_ns = self.link.lost_at_ns
+        self.book.resent(event.resent_pages)
+        commands = self.link.resumed(self.phase, event.resent_pages, self._now_ns)
+        if not self.link.up:
+            return commands
+        self.book.link_was_lost(lost_at_ns, self._now_ns)
+        if not self._pause_ordered:
+            commands += self._throttle(self.book.throttle_percent)
+        if self.phase in (P.SENDING, P.FINAL_SENDING) and not self.book.batch_outstanding:
+            commands += self._send_on()
+        return [*commands, *self._save()] if self._all_stored else commands
+
+    def _throttle(self, percent: int) -> list[SourceCommand]:
+        if percent == self._throttle_percent or (percent and not self.link.up):
+            return []
+        self._throttle_percent = percent
+        return [do.ThrottleGuest(percent)]
+
     # -- turning back --------------------------------------------------------------------------
+
+    def _on_timeout(self) -> list[SourceCommand]:
+        """The migration's time is over: give up, or let the round under way be the last one."""
+        limits = self._request.limits
+        reason = f"not finished within the timeout of {limits.timeout_ms:g} ms"
+        if limits.on_timeout == "cancel":
+            return self._abort(P.CANCELLED, reason, Cause.LIMIT)
+        ends = "the hand-over goes on" if self._pause_ordered else "the round under way is the last before it"
+        return [do.Note("decision", {"decision": "stop_copy", "reason": f"{reason}: {ends}"})]
 
     def _turn_back(self, event: SourceEvent) -> list[SourceCommand] | None:
         """The abort that this event means in a reversible phase, or None when it means none."""
         match event:
-            case CancelRequested(reason):
-                return self._abort(P.CANCELLED, reason)
-            case PeerLost(reason) | HostFailed(reason):
-                return self._abort(P.FAILED, reason)
-            case TimerFired(Timer.MIGRATION):
-                limit_ms = self._request.limits.timeout_ms
-                return self._abort(P.CANCELLED, f"not finished within the timeout of {limit_ms} ms")
+            case told.TimerFired(Timer.LINK):
+                return self._abort(P.CANCELLED, self.link.given_up(), Cause.LINK)
+            case told.CancelRequested(reason):
+                return self._abort(P.CANCELLED, reason, Cause.REQUEST)
+            case told.PeerLost(reason):
+                return self._abort(P.FAILED, reason, Cause.DESTINATION)
+            case told.HostFailed(reason):
+                return self._abort(P.FAILED, reason, Cause.HOST)
             case _:
                 return None
 
-    def _abort(self, end_phase: SourcePhase, reason: str) -> list[SourceCommand]:
-        self._end_phase, self._end_reason = end_phase, reason
+    def _abort(self, end_phase: SourcePhase, reason: str, cause: Cause) -> list[SourceCommand]:
+        self._end_phase, self._end_reason, self._end_cause = end_phase, reason, cause
+        decision = "turn_back" if end_phase is P.REHEARSED else "cancel"
+        note = do.Note("decision", {"decision": decision, "reason": reason, "phase": self.phase.name})
         self.phase = P.ABORTING
         return [
-            DisarmTimer(Timer.HINT_WAIT),
-            DisarmTimer(Timer.MIGRATION),
-            DisarmTimer(Timer.COMMIT_RETRY),
-            RecordState(self._request.key, Recorded.ABORTED, reason),
+            note,
+            *(do.DisarmTimer(timer) for timer in Timer),
+            do.RecordState(self._request.key, Recorded.ABORTED, reason),
+            *self._throttle(0),
         ]
 
     def _on_aborting(self, event: SourceEvent) -> list[SourceCommand]:
-        assert isinstance(event, StateRecorded)
+        assert isinstance(event, told.StateRecorded)
         if event.state is not Recorded.ABORTED:
             return []  # the record of STARTED that was under way when the attempt turned back
         if not self._pause_ordered:
             return self._end_at_source()
         self.phase = P.RESUMING
-        return [ResumeGuest(self._request.key)]
+        return [do.ResumeGuest(self._request.key)]
 
     def _on_resuming(self, event: SourceEvent) -> list[SourceCommand]:
-        if isinstance(event, HostFailed):
-            self._end_phase = P.FAILED
+        if isinstance(event, told.HostFailed):
+            self._end_phase, self._end_cause = P.FAILED, Cause.HOST
             self._end_reason = f"{self._end_reason}; and the guest could not be resumed: {event.reason}"
         return self._end_at_source()
 
     def _end_at_source(self) -> list[SourceCommand]:
         self.phase = self._end_phase
-        hints: list[SourceCommand] = [EndHints()] if self._hints_ordered else []
+        hints: list[SourceCommand] = [do.EndHints()] if self._hints_ordered else []
         if self._end_phase is P.REHEARSED:  # the destination aborted it before it answered VERIFIED
             key = self._request.key
-            return [*hints, ForgetDestination(key), EndMigration("rehearsal", self._end_reason)]
+            return [*hints, do.ForgetDestination(key), do.EndMigration("rehearsal", self._end_reason)]
         outcome = "cancelled" if self._end_phase is P.CANCELLED else "failed"
         return [
             *hints,
-            AbortDestination(self._request.key, self._end_reason),
-            EndMigration(outcome, self._end_reason),
+            do.AbortDestination(self._request.key, self._end_reason),
+            do.EndMigration(outcome, self._end_reason, self._end_cause),
         ]

@@ -1,6 +1,7 @@
 """The phases of a migration at the source, and which fact may happen in which of them, as data.
 
-The machine in source_machine.py gives the facts their meaning; tests and diagrams are made from this table.
+The machine in source_machine.py gives the facts their meaning; tests and diagrams are made from these tables.
+A lost link is no phase of its own: what is done on this host goes on meanwhile. RECOVERIES says what is asked.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from migration.events import (
     CommitAnswered,
     CommitPending,
     DestinationOpened,
+    DestinationResumed,
     EvidenceKept,
     GuestPaused,
     GuestResumed,
@@ -22,12 +24,14 @@ from migration.events import (
     HintsOpened,
     HintsReported,
     HostFailed,
+    LinkLost,
     MigrationRequested,
     PagesSent,
     PeerLost,
     PrepareAnswered,
     SourceEvent,
     StateRecorded,
+    StreamsResumed,
     TimerFired,
     TrackingStarted,
 )
@@ -69,6 +73,36 @@ REVERSIBLE_PHASES = (
     frozenset(P) - FINAL_PHASES - {P.IDLE, P.RECORDING, P.COMMITTING, P.COMPLETING, P.ABORTING, P.RESUMING}
 )
 
+
+class Recovery(Enum):
+    """What a lost link asks for."""
+
+    OPEN_AGAIN = auto()  # nothing was sent: the same question again
+    RESUME = auto()  # open this very attempt again, and send what is not stored
+    ASK_AGAIN = auto()  # the destination has every page: Prepare may be asked any number of times
+    NOT_NEEDED = auto()  # the next question will show whether the link is there
+
+
+RECOVERIES: dict[SourcePhase, Recovery] = {
+    P.OPENING: Recovery.OPEN_AGAIN,
+    P.ARMING: Recovery.RESUME,
+    P.HINTING: Recovery.RESUME,
+    P.SENDING: Recovery.RESUME,
+    P.DRAINING: Recovery.RESUME,
+    P.CLOSING_HINTS: Recovery.RESUME,
+    P.HARVESTING: Recovery.RESUME,
+    P.PAUSING: Recovery.RESUME,
+    P.FINAL_HARVESTING: Recovery.RESUME,
+    P.FINAL_SENDING: Recovery.RESUME,
+    P.FINAL_DRAINING: Recovery.RESUME,
+    P.SAVING: Recovery.NOT_NEEDED,
+    P.PREPARING: Recovery.ASK_AGAIN,
+    P.KEEPING_EVIDENCE: Recovery.NOT_NEEDED,
+}
+assert frozenset(RECOVERIES) == REVERSIBLE_PHASES, (
+    "every phase that can turn back says what a lost link means"
+)
+
 TRANSITIONS: dict[SourcePhase, dict[type[SourceEvent], frozenset[SourcePhase]]] = {
     P.IDLE: {MigrationRequested: frozenset({P.OPENING}), CommitPending: frozenset({P.COMMITTING})},
     P.OPENING: {StateRecorded: frozenset({P.OPENING}), DestinationOpened: frozenset({P.ARMING})},
@@ -100,7 +134,7 @@ TRANSITIONS: dict[SourcePhase, dict[type[SourceEvent], frozenset[SourcePhase]]] 
     P.PAUSING: {GuestPaused: frozenset({P.FINAL_HARVESTING})},
     P.FINAL_HARVESTING: {Harvested: frozenset({P.FINAL_SENDING, P.FINAL_DRAINING})},
     P.FINAL_SENDING: {PagesSent: frozenset({P.FINAL_SENDING, P.FINAL_DRAINING})},
-    P.FINAL_DRAINING: {AllAcknowledged: frozenset({P.SAVING})},
+    P.FINAL_DRAINING: {AllAcknowledged: frozenset({P.FINAL_DRAINING, P.SAVING})},
     P.SAVING: {GuestSaved: frozenset({P.PREPARING})},
     P.PREPARING: {PrepareAnswered: frozenset({P.RECORDING, P.KEEPING_EVIDENCE, P.ABORTING})},
     P.KEEPING_EVIDENCE: {EvidenceKept: frozenset({P.ABORTING})},
@@ -108,6 +142,7 @@ TRANSITIONS: dict[SourcePhase, dict[type[SourceEvent], frozenset[SourcePhase]]] 
     P.RECORDING: {
         StateRecorded: frozenset({P.COMMITTING}),
         PeerLost: frozenset({P.RECORDING}),
+        LinkLost: frozenset({P.RECORDING}),
         TimerFired: frozenset({P.RECORDING}),
         CancelRequested: frozenset({P.RECORDING}),
         HostFailed: frozenset({P.RECORDING}),
@@ -115,6 +150,7 @@ TRANSITIONS: dict[SourcePhase, dict[type[SourceEvent], frozenset[SourcePhase]]] 
     P.COMMITTING: {
         CommitAnswered: frozenset({P.COMMITTING, P.COMPLETING, P.ABORTING}),
         PeerLost: frozenset({P.COMMITTING}),
+        LinkLost: frozenset({P.COMMITTING}),
         TimerFired: frozenset({P.COMMITTING}),
         CancelRequested: frozenset({P.COMMITTING}),
         HostFailed: frozenset({P.COMMITTING}),
@@ -130,12 +166,20 @@ TRANSITIONS: dict[SourcePhase, dict[type[SourceEvent], frozenset[SourcePhase]]] 
     P.CANCELLED: {},
     P.FAILED: {},
 }
+# What the lost link held up goes on.
+_AFTER_RESUME = {
+    P.SENDING: frozenset({P.SENDING, P.DRAINING}),
+    P.FINAL_SENDING: frozenset({P.FINAL_SENDING, P.FINAL_DRAINING}),
+    P.FINAL_DRAINING: frozenset({P.FINAL_DRAINING, P.SAVING}),
+}
 for _phase in REVERSIBLE_PHASES:
-    for _event in (PeerLost, HostFailed, CancelRequested, TimerFired):
-        _targets = TRANSITIONS[_phase].get(
-            _event, frozenset({_phase}) if _event is TimerFired else frozenset()
-        )
-        TRANSITIONS[_phase][_event] = _targets | {P.ABORTING}
+    for _event in (LinkLost, PeerLost, HostFailed, CancelRequested, TimerFired):
+        _stays = frozenset({_phase}) if _event in (TimerFired, LinkLost) else frozenset()
+        TRANSITIONS[_phase][_event] = TRANSITIONS[_phase].get(_event, _stays) | _stays | {P.ABORTING}
+    if RECOVERIES[_phase] is Recovery.RESUME:
+        TRANSITIONS[_phase][StreamsResumed] = _AFTER_RESUME.get(_phase, frozenset({_phase}))
+for _phase in (REVERSIBLE_PHASES - {P.OPENING}) | {P.RECORDING, P.COMMITTING}:
+    TRANSITIONS[_phase][DestinationResumed] = frozenset({_phase})  # also late, of a question asked twice
 
 # Answers to commands that were under way when the attempt turned back or ended, and repeated bad news:
 # legal there, and without effect.
@@ -144,6 +188,7 @@ LATE_ANSWERS: frozenset[type[SourceEvent]] = frozenset(
         DestinationOpened, TrackingStarted, Harvested, HintsOpened, HintsReported, HintsClosed, PagesSent,
         AllAcknowledged, GuestPaused, GuestSaved, PrepareAnswered, CommitAnswered, TimerFired, PeerLost,
         HostFailed, CancelRequested, StateRecorded, GuestResumed, EvidenceKept,
+        LinkLost, DestinationResumed, StreamsResumed,
     }
 )  # fmt: skip
 TURNED_PHASES = FINAL_PHASES | {P.ABORTING, P.RESUMING, P.COMPLETING}

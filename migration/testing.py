@@ -24,6 +24,7 @@ from migration.pages import BoolArray, U64Array
 from migration.rounds import Limits
 from migration.source_machine import SourceMachine
 
+_NO_PAGES: U64Array = np.empty(0, np.uint64)
 Hook: TypeAlias = Callable[["MachinePair", do.SourceCommand], None]
 
 
@@ -50,7 +51,7 @@ class ToyDestination:
 
     memory: U64Array
     named: BoolArray
-    chunks: int = 0
+    chunks: int = 0  # stored so far
     journal: list[str] = field(default_factory=list)
     restored: bool = False
     running: bool = False
@@ -58,7 +59,10 @@ class ToyDestination:
 
 
 class MachinePair:
-    """Runs one attempt to its end. `before` is called with every source command before it is carried out."""
+    """Runs one attempt to its end. `before` is called with every source command before it is carried out.
+
+    `window`: so many chunks are on the way, sent and not stored, whenever there may be; `cut` loses them.
+    """
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class MachinePair:
         attempt: int = 1,
         guest: ToyGuest | None = None,
         rehearsal: bool = False,
+        window: int = 0,
     ) -> None:
         self.key = AttemptKey("m", attempt, 1)
         self.pages = pages
@@ -92,6 +97,16 @@ class MachinePair:
         self.hints_late = hints_late
         self.timers: dict[told.Timer, int] = {}  # -> when, in ms
         self.link_up = True
+        self.window = window
+        self.on_the_way: deque[tuple[U64Array, U64Array]] = (
+            deque()
+        )  # chunks sent and not stored: pages, content
+        self.sent = np.zeros(pages, np.uint64)  # the content that was sent last, page by page
+        self.sendings = np.zeros(pages, np.uint64)  # how often each page was sent
+        self.sent_chunks = 0
+        self._batch = _NO_PAGES  # ordered, and not sent
+        self._awaiting = False  # acknowledgements
+        self.throttle_percent = 0
         self.dest_starts_fail = 0
         self.now_ns = 0
         self._before = before or (lambda _pair, _command: None)
@@ -122,7 +137,7 @@ class MachinePair:
                 self.tell(self.events.popleft())
             elif self.timers:
                 timer = min(self.timers, key=self.timers.__getitem__)
-                del self.timers[timer]
+                self.now_ns = max(self.now_ns, self.timers.pop(timer) * 1_000_000)
                 self.tell(told.TimerFired(timer))
             else:
                 raise AssertionError(f"stuck in {self.source.phase.name} after {self.log[-1:]}")
@@ -149,14 +164,13 @@ class MachinePair:
                 self.source_journal.append(state.value)
                 post(told.StateRecorded(state))
             case do.OpenDestination(key):
-                self._to_dest(told.OpenRequested(key, self.pages), lambda _: told.DestinationOpened("one"))
+                opening = told.OpenRequested(key, self.pages, link_timeout_ms=self.limits.link_timeout_ms)
+                self._to_dest(opening, lambda _: told.DestinationOpened("one"))
             case do.StartTracking():
                 self.guest.dirty[:] = False
                 post(told.TrackingStarted())
             case do.Harvest():
-                dirty = self.guest.dirty.copy()
-                self.guest.dirty[:] = False
-                post(told.Harvested(dirty))
+                post(told.Harvested(self._harvest()))
             case do.OpenHints():
                 self._command_id += 1
                 post(told.HintsOpened(self._command_id))
@@ -174,21 +188,28 @@ class MachinePair:
             case do.SendPages(_, pfns):
                 self._send(pfns)
             case do.AwaitAcknowledgements():
-                post(told.AllAcknowledged())
+                self._acknowledge()
             case do.PauseGuest():
                 self.guest.running_at = "nobody"
                 post(told.GuestPaused())
             case do.SaveGuest():
-                post(told.GuestSaved(self.digest()))
+                post(told.GuestSaved(_digest(self.sent)))
             case do.SendPrepare(key, digest, rehearsal):
-                request = told.PrepareRequested(key, "one", digest, self.dest.chunks, rehearsal)
-                self._to_dest(request, lambda reply: told.PrepareAnswered(reply.answer, reply.reason))
+                prepare = told.PrepareRequested(key, "one", digest, self.sent_chunks, rehearsal)
+                self._to_dest(prepare, lambda reply: told.PrepareAnswered(reply.answer, reply.reason))
             case do.SendCommit(key, digest):
                 answer = lambda reply: told.CommitAnswered(reply.answer, reply.reason)  # noqa: E731
                 self._to_dest(told.CommitRequested(key, digest), answer)
             case do.KeepEvidence():
                 assert self.guest.running_at == "nobody", "evidence of memory that changes"
                 post(told.EvidenceKept())
+            case do.ThrottleGuest(percent):
+                self.throttle_percent = percent
+            case do.ResumeDestination(key):
+                resume = told.OpenRequested(key, self.pages, resume=True)
+                self._to_dest(resume, lambda _: told.DestinationResumed((self.dest.chunks,)))
+            case do.ResumeStreams(stored_below):
+                self._resume_streams(stored_below[0])
             case do.ResumeGuest():
                 assert "ABORTED" in self.source_journal, "resumed before ABORTED was recorded"
                 assert not self.dest.running, "resumed while the destination runs the guest"
@@ -207,29 +228,81 @@ class MachinePair:
             case _ as never:
                 assert_never(never)
 
+    def _harvest(self) -> BoolArray:
+        dirty = self.guest.dirty.copy()
+        self.guest.dirty[:] = False
+        return dirty
+
     def hint_report(self) -> told.HintsReported:
         """What the guest hints now: every free page, one by one, and STOP."""
         free = np.flatnonzero(self.guest.free).astype(np.uint64)
         return told.HintsReported(self._command_id, free, np.ones(free.size, np.uint64), stopped=True)
 
     def _send(self, pfns: U64Array) -> None:
+        """Every batch is one chunk here: it goes out whole or not at all."""
+        self._batch = pfns
         if not self.link_up:
-            self.events.append(told.PeerLost("the link is down"))
-            return
-        self.dest.memory[pfns] = self.guest.memory[pfns]
-        self.dest.named[pfns] = True
-        self.dest.chunks += 1
+            return  # until the streams are resumed
+        self._batch = _NO_PAGES
+        self._send_chunk(pfns)
         self.events.append(told.PagesSent(len(pfns), 0, len(pfns) * 4096))
 
+    def _send_chunk(self, pfns: U64Array) -> None:
+        self.sent[pfns] = self.guest.memory[pfns]
+        self.sendings[pfns] += 1
+        self.sent_chunks += 1
+        self.on_the_way.append((pfns, self.guest.memory[pfns]))
+        self._store(leave=self.window)
+
+    def _store(self, *, leave: int) -> None:
+        while self.link_up and len(self.on_the_way) > leave:
+            pfns, content = self.on_the_way.popleft()
+            self.dest.memory[pfns] = content
+            self.dest.named[pfns] = True
+            self.dest.chunks += 1
+
+    def _acknowledge(self) -> None:
+        self._store(leave=0)
+        self._awaiting = not self.link_up
+        if self.link_up:
+            self.events.append(told.AllAcknowledged())
+
+    def cut(self, reason: str = "the link was cut") -> None:
+        """The connection breaks: what is on the way is lost, and both ends hear of it."""
+        self.link_up = False
+        self.events.append(told.LinkLost(reason))
+        if self.dest_machine.allows(told.StreamBroken):
+            self.drive_dest(told.StreamBroken(reason))
+
+    def heal(self) -> None:
+        """Connections are possible again."""
+        self.link_up = True
+
+    def _resume_streams(self, stored: int) -> None:
+        """What was lost is read and sent again, then what was under way."""
+        assert stored == self.sent_chunks - len(self.on_the_way), "the destination stored what was lost"
+        lost = np.unique(np.concatenate([_NO_PAGES, *(pfns for pfns, _ in self.on_the_way)]))
+        self.on_the_way.clear()
+        self.sent_chunks = stored
+        self.events.append(told.StreamsResumed(len(lost)))
+        if not self.link_up:
+            return
+        if len(lost):
+            self._send_chunk(lost)
+        if len(self._batch):
+            self._send(self._batch)
+        if self._awaiting:
+            self._acknowledge()
+
     def digest(self) -> int:
-        """Stands for the image digest: the last-sent content of every page."""
-        return hash(self.dest.memory.tobytes()) & (2**64 - 1)
+        """Stands for the image digest of what is at the destination."""
+        return _digest(self.dest.memory)
 
     # -- the wire and the destination's shell --------------------------------------------------
 
     def _to_dest(self, event: told.DestEvent, answer: Callable[[do.Reply], told.SourceEvent] | None) -> None:
         if not self.link_up:
-            self.events.append(told.PeerLost("the link is down"))
+            self.events.append(told.LinkLost("the link is down"))
             return
         try:
             reply = self.drive_dest(event)
@@ -288,3 +361,7 @@ class MachinePair:
             if follow is not None:
                 pending += self.dest_machine.handle(follow)
         return reply
+
+
+def _digest(content: U64Array) -> int:
+    return hash(content.tobytes()) & (2**64 - 1)

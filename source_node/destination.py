@@ -2,7 +2,7 @@
 
 Rule 1: every call has a deadline. Open, Prepare and Commit answer through a callback, so that the migration
         thread stays free to be cancelled while the destination works.
-Rule 2: a refusal and a lost connection are both PeerLost with one line; only replies are answers.
+Rule 2: a lost connection is LinkLost: it may come back; a refusal is PeerLost. Only replies are answers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from migration.events import (
     Answer,
     CommitAnswered,
     DestinationOpened,
+    DestinationResumed,
+    LinkLost,
     PeerLost,
     PrepareAnswered,
     SourceEvent,
@@ -37,6 +39,9 @@ FAREWELL_TIMEOUT_S = 5.0  # Abort and Forget: best effort
 KEEPALIVE_MS = 5_000  # a destination that is gone without a word is noticed within twice this
 MESSAGE_BYTES_MAX = 8 << 20
 REASON_CHARACTERS_MAX = 300  # a peer's reason becomes ours: one line that a person reads
+
+# The connection's end, or a silence, as apart from an answer: the link may come back.
+LINK_CODES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
 
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -74,22 +79,32 @@ class Destination:
         self.control_bytes = 0  # of control messages sent, with their gRPC prefix
         self.verify_ns = 0
         self.resume_ns = 0
+        self._opening = migration_pb2.OpenRequest()  # as it was asked
         self._key = key
         self._post = post
         self.encrypted = trust.encrypts
         self._channel = trust.channel(address, server_name, CHANNEL_OPTIONS)
         self._stub = migration_pb2_grpc.MigrationStub(self._channel)
 
-    def open(self, memory_bytes: int, integrity: str, streams: int) -> None:
-        """-> DestinationOpened or PeerLost."""
+    def open(self, memory_bytes: int, integrity: str, streams: int, link_timeout_ms: int) -> None:
+        """-> DestinationOpened, LinkLost or PeerLost. May be called again: the destination answers the same."""
         request = migration_pb2.OpenRequest(
             id=id_message(self._key),
             memory_bytes=memory_bytes,
             page_bytes=PAGE_BYTES,
             integrity=integrity,
             streams=streams,
+            link_timeout_ms=link_timeout_ms,
         )
+        self._opening = request
         self._call(self._stub.Open, request, OPEN_TIMEOUT_S, self._opened)
+
+    def resume(self) -> None:
+        """Ask for the attempt that was opened before -> DestinationResumed, LinkLost or PeerLost."""
+        request = migration_pb2.OpenRequest()
+        request.CopyFrom(self._opening)
+        request.resume = True
+        self._call(self._stub.Open, request, OPEN_TIMEOUT_S, self._resumed)
 
     def page_stream(
         self, listener: StreamListener, reader: PageReader, *, streams: int, bytes_per_second: float | None
@@ -98,11 +113,11 @@ class Destination:
         return PageStream(self._channel, listener, reader, streams=streams, bytes_per_second=bytes_per_second)
 
     def prepare(self, request: migration_pb2.PrepareRequest) -> None:
-        """-> PrepareAnswered or PeerLost."""
+        """-> PrepareAnswered, LinkLost or PeerLost."""
         self._call(self._stub.Prepare, request, PREPARE_TIMEOUT_S, self._prepared)
 
     def commit(self, image_digest: int) -> None:
-        """-> CommitAnswered or PeerLost."""
+        """-> CommitAnswered, LinkLost or PeerLost."""
         request = migration_pb2.CommitRequest(id=id_message(self._key), image_digest=image_digest)
         self._call(self._stub.Commit, request, COMMIT_TIMEOUT_S, self._committed)
 
@@ -125,6 +140,11 @@ class Destination:
         self.incarnation = reply.incarnation
         return DestinationOpened(reply.incarnation)
 
+    def _resumed(self, reply: migration_pb2.OpenReply) -> SourceEvent:
+        if reply.incarnation != self.incarnation:
+            return PeerLost("the destination goes on with another memory than the one that was sent to")
+        return DestinationResumed(tuple(reply.stored_below))
+
     def _prepared(self, reply: migration_pb2.PrepareReply) -> SourceEvent:
         self.verify_ns = reply.verify_ns
         return PrepareAnswered(_answer(reply.decision), _words(reply.reason))
@@ -141,7 +161,8 @@ class Destination:
                 self._post(event_of(future.result()))
             except grpc.RpcError as error:
                 name = type(request).__name__.removesuffix("Request")
-                self._post(PeerLost(f"{name} to {self.address}: {one_line(error)}"))
+                lost = LinkLost if future.code() in LINK_CODES else PeerLost
+                self._post(lost(f"{name} to {self.address}: {one_line(error)}"))
 
         method.future(request, timeout=timeout_s).add_done_callback(done)
 

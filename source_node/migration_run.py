@@ -195,7 +195,7 @@ class MigrationRun:
             outcome = do.EndMigration("completed", f"the destination runs the guest; but {outcome.reason}")
         elif outcome.outcome != "completed" and not host.guest.found_again():
             # Its RAM and its vCPU state were in that process: there is nothing left that anybody could run.
-            outcome = do.EndMigration("guest_lost", outcome.reason)
+            outcome = do.EndMigration("guest_lost", outcome.reason, do.Cause.HOST)
         missing: list[str] = []
         byte_counts = _or_missing("bytes", shell.byte_counts, missing) or {}
         _or_missing("release", shell.release, missing)
@@ -207,6 +207,10 @@ class MigrationRun:
             "migration_ended",
             outcome=outcome.outcome,
             reason=outcome.reason,
+            cause=outcome.cause.value,
+            downtime_ms_estimated=self._machine.downtime_ms_estimated,
+            recoveries=self._machine.link.to_dict(),
+            throttle=shell.throttle.fields(),
             **shell.watch.times(),
             hints=self._machine.ledger.to_dict(),
             bytes=byte_counts,

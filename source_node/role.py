@@ -73,6 +73,8 @@ class SourceRole:
         elif entries:
             hello = guest.hello()
             if (entry := turned_back(entries, hello.guest_epoch)) is not None:
+                if hello.kind == PORTABLE_KIND and hello.state in {"paused", "running"}:
+                    guest.link.throttle(0)  # the process that would have lifted it is gone
                 if hello.state == "paused":
                     guest.link.resume(hello.guest_epoch)
                     self._host.events.add("guest_resumed", attempt=str(entry.key))
@@ -201,6 +203,9 @@ class SourceRole:
             raise RoleRefused(
                 f"a guest of kind {hello.kind} cannot run elsewhere: only a rehearsal is possible"
             )
+        limits = limits_of(request)
+        if limits.throttle is not None and hello.kind != PORTABLE_KIND:
+            raise RoleRefused(f"a guest of kind {hello.kind} cannot be throttled: use another on_stall")
         tracker, why = choose(
             request.tracker, guest.write_protect_reason, hints=skip.uses_hints, rehearsal=request.rehearsal
         )
@@ -226,7 +231,7 @@ class SourceRole:
             unsafe_clear_dirty_log_at_hint=request.unsafe_clear_dirty_log_at_hint,
             compression=compression_of(request),
             delta_cache_bytes=request.delta_cache_bytes,
-            limits=limits_of(request),
+            limits=limits,
         )
 
 

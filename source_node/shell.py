@@ -1,9 +1,9 @@
 """Carries the source machine's commands out on this host, and tells what came of them.
 
 Rule 1: commands are carried out by the migration's one thread; what other threads learn, they only post.
-Rule 2: a command that fails is an event (HostFailed, PeerLost) with its reason in one line; what is not foreseen
-        is logged with its traceback and treated as HostFailed. Only the journal is beyond that: without it
-        nothing may be decided, and its errors go to the caller.
+Rule 2: a command that fails is an event (HostFailed, LinkLost, PeerLost) with its reason in one line; what is not
+        foreseen is logged with its traceback and treated as HostFailed. Only the journal is beyond that: without
+        it nothing may be decided, and its errors go to the caller.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from source_node.hint_log import HintLog
 from source_node.hint_rule import SafeRule, UnsafeClearDirtyLogAtHint
 from source_node.page_reader import PageReader
 from source_node.reached import reach_after, reach_before
+from source_node.throttling import GuestThrottle
 from source_node.wire_account import WireAccount
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class SourceShell:
         self._tracker: DirtyTracker | None = None
         self._hint_log = HintLog(host.events)
         self.hint_rule = self._chosen_hint_rule()
+        self.throttle = GuestThrottle(host.guest)
         self._prepare = migration_pb2.PrepareRequest()
         self._evidence_ns = 0
         self._last_round: dict[str, object] = {}
@@ -136,8 +138,8 @@ class SourceShell:
         self._post(told.AllAcknowledged())
 
     def stream_lost(self, reason: str, *, refused: bool) -> None:
-        """No more pages can go."""
-        self._post(told.PeerLost(reason))
+        """No more pages can go, for ever or until the link is back."""
+        self._post(told.PeerLost(reason) if refused else told.LinkLost(reason))
 
     # -- commands ------------------------------------------------------------------------------
 
@@ -161,6 +163,13 @@ class SourceShell:
                 self._record(command)
             case do.OpenDestination(key):
                 self._open(key)
+            case do.ResumeDestination():
+                self._peer.resume()
+            case do.ResumeStreams(stored_below):
+                self._post(told.StreamsResumed(len(self._pages.resume(stored_below))))
+            case do.ThrottleGuest(percent):
+                self.throttle.set(percent)
+                self._host.events.add("throttled", percent=percent)
             case do.StartTracking():
                 self._start_tracking()
             case do.Harvest():
@@ -230,8 +239,12 @@ class SourceShell:
 
     def _open(self, key: AttemptKey) -> None:
         self.wire.start()
-        self._destination = self._peer_of(key)
-        self._destination.open(self._ram.memory_bytes, self._order.integrity, self._order.streams)
+        if self._destination is None:
+            self._destination = self._peer_of(key)
+        order = self._order
+        self._destination.open(
+            self._ram.memory_bytes, order.integrity, order.streams, order.limits.link_timeout_ms
+        )
 
     def _start_tracking(self) -> None:
         self._reader = PageReader(
@@ -253,6 +266,8 @@ class SourceShell:
             )
         self._tracker.start()
         self._reader.find_holes()
+        if self._order.limits.throttle is not None:
+            self.throttle.begin()
         self.watch.first_round_ns = now_ns()
         self._post(told.TrackingStarted(ballooned_holes(self._host.balloon, self._ram)))
 
@@ -298,7 +313,9 @@ class SourceShell:
         vcpu_state = b"" if rehearsal else self._host.guest.link.save()
         device = self._host.balloon.device_state()
         if not self._pages.close(STREAM_CLOSE_TIMEOUT_S):
-            raise HostError("the destination did not end the page stream")
+            # Every chunk is acknowledged: what became of the destination, or of the link, Prepare will show.
+            self._pages.cancel()
+            self._host.events.add("streams_not_ended", timeout_s=STREAM_CLOSE_TIMEOUT_S)
         state = migration_pb2.DeviceState(
             features=device.features,
             num_pages=device.num_pages,
