@@ -116,6 +116,23 @@ class KeyValue(Model):
         return self.records * KV_RECORD_BYTES
 
 
+class Build(Model):
+    """Compilers: each fills an arena, rewrites it, leaves an object file in the page cache, and frees the arena."""
+
+    name: Literal["build"]
+    jobs: Annotated[int, Field(ge=1, le=64)] = 4
+    arena: Annotated[Bytes, Field(ge=PAGE_BYTES)] = 32 << 20  # of one compiler
+    object: Annotated[Bytes, Field(ge=PAGE_BYTES)] = 512 << 10  # of one object file
+    objects: Annotated[int, Field(ge=1, le=65_536)] = 64
+    headers: Annotated[Bytes, Field(ge=PAGE_BYTES)] = 64 << 20  # read by every compiler, never written
+    passes: Annotated[int, Field(ge=1, le=200)] = 2  # over the arena, after it was filled
+    rate: PagesPerSecond = 20_000  # pages of progress, of all compilers together
+
+    def kept_bytes(self, memory_bytes: int) -> int:
+        """Arenas, headers, and one object more than there are: it is written before the old one goes."""
+        return self.jobs * self.arena + self.headers + (self.objects + 1) * self.object
+
+
 class Retake(Model):
     """Takes hinted pages back and writes them before the device processes the hint (hazard 1, exactly)."""
 
@@ -128,7 +145,7 @@ class Retake(Model):
 
 
 Workload = Annotated[
-    Idle | Freed | Files | Writer | KeyValue | Retake | Marker | Rewriter, Field(discriminator="name")
+    Idle | Freed | Files | Writer | KeyValue | Build | Retake | Marker | Rewriter, Field(discriminator="name")
 ]
 WORKLOADS: Final[dict[str, type[Model]]] = {
     "idle": Idle,
@@ -136,6 +153,7 @@ WORKLOADS: Final[dict[str, type[Model]]] = {
     "files": Files,
     "writer": Writer,
     "kv": KeyValue,
+    "build": Build,
     "retake": Retake,
     "marker": Marker,
     "rewriter": Rewriter,

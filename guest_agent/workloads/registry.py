@@ -11,6 +11,7 @@ from typing import Any, Final
 from guest_agent.errors import WorkloadError
 from guest_agent.frames import WORKLOAD_ID_MAX
 from guest_agent.workloads.base import Workload
+from guest_agent.workloads.build import Build
 from guest_agent.workloads.files import Files
 from guest_agent.workloads.freed import Freed
 from guest_agent.workloads.idle import Idle
@@ -20,7 +21,7 @@ from guest_agent.workloads.retake import Retake
 from guest_agent.workloads.writer import Writer
 
 WORKLOADS: Final[Mapping[str, type[Workload]]] = {
-    workload.kind: workload for workload in (Idle, Freed, Files, Writer, KeyValueStore, Retake)
+    workload.kind: workload for workload in (Idle, Freed, Files, Writer, KeyValueStore, Build, Retake)
 }
 
 

@@ -26,9 +26,13 @@ SPECS: dict[str, dict[str, Any]] = {
     "writer_zipf": {"name": "writer", "rate": 5000, "working_set": "1MiB", "pattern": "zipf", "churn": 0.3},
     "writer_sequential": {"name": "writer", "rate": 9000, "working_set": MIB, "pattern": "sequential"},
     "kv": {"name": "kv", "records": 1003, "operations_per_second": 20_000},
-}
+    "build": {
+        "name": "build", "jobs": 3, "arena": MIB // 4, "object": "64KiB", "objects": 5, "headers": "100KiB",
+        "rate": "40000pages/s",
+    },
+}  # fmt: skip
 WITH_PAGES = [name for name in SPECS if name != "idle"]
-WITH_VERSIONS = [name for name in SPECS if name.startswith(("writer", "kv"))]
+WITH_VERSIONS = [name for name in SPECS if name.startswith(("writer", "kv", "build"))]
 
 
 class Bench:
@@ -299,7 +303,7 @@ def test_the_pacer_keeps_the_rate_and_never_bursts(rate: int) -> None:
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ({}, "none of files, freed, idle, kv, retake, writer"),
+        ({}, "none of build, files, freed, idle, kv, retake, writer"),
         ({"name": "nothing"}, "'nothing' is none of"),
         ({"name": "idle", "depth": 1, "breadth": 2}, "unknown options breadth, depth"),
         ({"name": "freed"}, "fraction: missing"),
@@ -314,6 +318,7 @@ def test_the_pacer_keeps_the_rate_and_never_bursts(rate: int) -> None:
         ({"name": "writer", "rate": 1, "working_set": 0}, "from 1 upwards"),
         ({"name": "kv", "records": 1.5, "operations_per_second": 1}, "1.5 is no whole number"),
         ({"name": "files", "directory": 5}, "no text"),
+        ({"name": "build", "passes": 201}, "passes: 201 is more"),
     ],
 )
 def test_invalid_options_are_refused_by_name(spec: dict[str, Any], reason: str) -> None:
@@ -330,7 +335,7 @@ def test_units_and_plain_numbers_mean_the_same() -> None:
 def test_names_and_ids_follow_the_list() -> None:
     workloads: list[Workload] = build_workloads([{"name": "idle"}, {"name": "idle"}])
     assert [(workload.name, workload.id) for workload in workloads] == [("idle-1", 1), ("idle-2", 2)]
-    assert set(WORKLOADS) == {"idle", "freed", "files", "writer", "kv", "retake"}
+    assert set(WORKLOADS) == {"idle", "freed", "files", "writer", "kv", "build", "retake"}
     with pytest.raises(WorkloadError, match="ids are"):
         build_workload({"name": "idle"}, 0)
 
@@ -347,3 +352,17 @@ def test_what_does_not_fit_is_refused_at_set_up(tmp_path: Path, spec: dict[str, 
     bench = Bench(tmp_path, [spec])
     with pytest.raises(WorkloadError, match=reason):
         bench.boot()
+
+
+@pytest.mark.parametrize("bench", ["build"], indirect=True)
+def test_a_build_gives_its_memory_back_and_leaves_one_object_a_unit(bench: Bench) -> None:
+    build = bench.workloads[0]
+    held = pages_of(bench).size
+    bench.run(400)
+    assert build.operations > 3 * 64 * 3
+    # Arenas come and go; objects are replaced: what it holds never grows beyond its options.
+    assert pages_of(bench).size <= 3 * 64 + 5 * 16 + 25
+    assert abs(pages_of(bench).size - held) <= 3 * 64
+    versions = expectations(bench.log.read_bytes())[1, 0][1]
+    assert versions.sum() > 5
+    assert bench.problems() == []

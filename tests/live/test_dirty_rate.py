@@ -16,7 +16,7 @@ BALLOONED = 8192
 SCENARIO = Scenario.model_validate({
     "name": "measured", "guest": {"memory": "128MiB", "workload": [
         {"name": "freed", "fraction": 0.5, "keep": 0.1},
-        {"name": "writer", "rate": "4000pages/s", "working_set": "4MiB"},
+        {"name": "build", "jobs": 2, "arena": "6MiB", "headers": "2MiB", "objects": 4, "rate": "8000pages/s"},
     ]},
     "balloon": {"num_pages": BALLOONED},
     "migration": {"skip": "hint", "bandwidth": "60MB/s", "downtime_limit": "10ms"},
@@ -78,6 +78,17 @@ def test_the_balloon_is_neither_read_nor_sent_in_an_arm_without_zero_detection(m
     assert result.rounds[0].ballooned_pages == BALLOONED
     assert result.rounds[0].candidate_pages == result.guest.pages - BALLOONED
     assert result.integrity.skipped_pages_proved_ballooned == BALLOONED
+
+
+def test_pages_freed_between_rounds_are_hinted_and_not_sent(measured):
+    """A compiler that ended gave its arena back: blocks of it are hinted before the next round begins."""
+    result = measured[2]
+    assert len(result.rounds) > 2, "the limits leave no room for a second round"
+    assert sum(part.skipped_pages for part in result.rounds[1:]) > 0
+    assert all(
+        part.candidate_pages == part.sent_pages + part.zero_pages + part.skipped_pages
+        for part in result.rounds
+    )
 
 
 def test_the_report_shows_predicted_beside_measured(measured):
