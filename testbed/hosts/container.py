@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from testbed.errors import RunBrokenError
 from testbed.hosts.container_process import INSIDE
 from testbed.hosts.engine import told
+from testbed.hosts.execution import run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ OPEN_DEVICE: Final = f"[ ! -c {DEVICE} ] || chmod 0666 {DEVICE}"
 DATA: Final = "/var/lib/ballast"  # the node's own directory, and what the agent writes
 TLS: Final = "/run/ballast-tls"
 WAIT: Final = ["sleep", "infinity"]
-NANO: Final = 1_000_000_000
+PERIOD_US: Final = 100_000
 PIDS_MAX: Final = 512
 UNLIMITED: Final = -1
 # A process that is root here becomes this one inside: an id that no user of the machine has.
@@ -72,7 +73,7 @@ class RunContainer:
         if hosts.memory:
             limits |= {"mem_limit": hosts.memory, "memswap_limit": hosts.memory}
         if hosts.cpus:
-            limits["nano_cpus"] = int(hosts.cpus * NANO)
+            limits |= _quota(hosts.cpus)
         # Elsewhere nobody can look; whether the kernel tracks writes there is what the node's probe tells.
         has_device = DEVICE.exists() or not engine.local
         with told(f"the container {name} cannot be made"):
@@ -125,9 +126,9 @@ class RunContainer:
         """Starts it and opens the device to its user."""
         with told(f"the container {self.name} cannot be started"):
             self.handle.start()
-            code, said = self.handle.exec_run(["/bin/sh", "-c", OPEN_DEVICE], user="0:0")
-        if code:
-            raise RunBrokenError(f"the container {self.name} cannot open {DEVICE}: {said.decode().strip()}")
+            status, said = run(self.handle, ["/bin/sh", "-c", OPEN_DEVICE], user="0:0")
+        if status:
+            raise RunBrokenError(f"the container {self.name} cannot open {DEVICE}: {said}")
 
     def pause(self) -> None:
         """Freezes all of it."""
@@ -139,8 +140,14 @@ class RunContainer:
         with told(f"the container {self.name} cannot be unpaused"):
             self.handle.unpause()
 
+    def thaw(self) -> None:
+        """Unpauses it where it is paused."""
+        if self._state()["Paused"]:
+            self.unpause()
+
     def kill(self) -> None:
         """The host dies, and its guest with it."""
+        self.thaw()  # what stands still cannot be killed
         with told(f"the container {self.name} cannot be killed"):
             self.handle.kill()
             self.handle.wait()
@@ -155,13 +162,21 @@ class RunContainer:
         """Sets limits (0: none); what is None stays."""
         changed: dict[str, Any] = {}
         if memory_bytes is not None:
-            limit = memory_bytes or UNLIMITED
+            # An engine cannot take a limit away; all memory of its machine is as good as none.
+            limit = memory_bytes or self.engine.memory_bytes
             changed |= {"mem_limit": limit, "memswap_limit": limit}
         if cpus is not None:
-            # The engine's update takes quota and period, not the sum of both that create takes.
-            changed |= {"cpu_period": 100_000, "cpu_quota": int(cpus * 100_000) or UNLIMITED}
+            changed |= _quota(cpus)
         with told(f"the limits of {self.name} cannot be changed"):
             self.handle.update(**changed)
+
+    def limits(self) -> tuple[int, float]:
+        """(memory in bytes, CPUs) as they are set now; 0 where there is no limit."""
+        self._state()
+        config = self.handle.attrs["HostConfig"]
+        quota, period = max(0, config.get("CpuQuota") or 0), config.get("CpuPeriod") or PERIOD_US
+        memory_bytes = config.get("Memory") or 0
+        return (memory_bytes if memory_bytes < self.engine.memory_bytes else 0), quota / period
 
     def disconnect(self) -> None:
         """Takes the host off the run's network."""
@@ -179,8 +194,8 @@ class RunContainer:
         if not state["Running"] or state["Paused"]:
             return int(bool(state["OOMKilled"]))
         with told(f"{self.name} cannot be looked into"):
-            _, said = self.handle.exec_run(["/bin/sh", "-c", OOM_COUNTS])
-        words = [line.split() for line in said.decode().splitlines()]
+            _, said = run(self.handle, ["/bin/sh", "-c", OOM_COUNTS])
+        words = [line.split() for line in said.splitlines()]
         return sum(int(pair[1]) for pair in words if len(pair) == 2 and pair[0] == "oom_kill")
 
     def remove(self) -> None:
@@ -193,6 +208,11 @@ class RunContainer:
             self.handle.reload()
         state: dict[str, Any] = self.handle.attrs["State"]
         return state
+
+
+def _quota(cpus: float) -> dict[str, int]:
+    """As period and quota, which unlike "nano CPUs" can be changed later."""
+    return {"cpu_period": PERIOD_US, "cpu_quota": int(cpus * PERIOD_US) or UNLIMITED}
 
 
 def _unshared(mounts: Mapping[Path, str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from docker.errors import DockerException
 
 from testbed.errors import RunBrokenError
 from testbed.hosts.engine import innermost, told
+from testbed.hosts.execution import Execution, run
 from testbed.hosts.local import cpu_seconds
 from testbed.hosts.process import last_words_of
 
@@ -64,7 +65,7 @@ class ContainerProcess:
         self._gone = threading.Event()
         self._gone.set()
         self._watcher: threading.Thread | None = None
-        self._exec_id = ""
+        self._execution: Execution | None = None
         self._pidfd = -1
         log.touch()
         self.start(again=False)
@@ -78,18 +79,16 @@ class ContainerProcess:
         """Starts it; its readiness is not waited for. Raises RunBrokenError."""
         pid_file = f"{INSIDE}/{self.name}.pid"
         command = ["/bin/sh", "-c", LEAVE_PID, pid_file, "python3", "-m", *self._command(again)]
-        api = self._container.client.api
         with told(f"the {self.name} cannot be started"):
-            self._exec_id = api.exec_create(self._container.id, command, user=self._user)["Id"]
-            output = api.exec_start(self._exec_id, stream=True)
+            execution = self._execution = Execution(self._container, command, user=self._user)
         self.asked_to_end, self.status = False, "is running"
         self._gone.clear()
         self._watcher = threading.Thread(
-            target=self._watch, args=(output,), name=f"watch-{self.name}", daemon=True
+            target=self._watch, args=(execution,), name=f"watch-{self.name}", daemon=True
         )
         self._watcher.start()
         if self._local:
-            self.pid = self._pid_here()
+            self.pid = self._pid_here(execution)
         self._on_start(self)
 
     def last_words(self) -> str:
@@ -144,15 +143,16 @@ class ContainerProcess:
             return
         word = f'kill -{number.name.removeprefix("SIG")} "$(cat {INSIDE}/{self.name}.pid)"'
         with told(f"the {self.name} cannot be signalled"):
-            code, said = self._container.exec_run(["/bin/sh", "-c", word], user=self._user)
-        if code and self.alive:
-            raise RunBrokenError(f"the {self.name} cannot be signalled: {said.decode().strip()}")
+            status, said = run(self._container, ["/bin/sh", "-c", word], user=self._user)
+        if status and self.alive:
+            raise RunBrokenError(f"the {self.name} cannot be signalled: {said}")
 
-    def _pid_here(self) -> int:
+    def _pid_here(self, execution: Execution) -> int:
         deadline = time.monotonic() + START_S
         moment = threading.Event()
         while time.monotonic() < deadline:
-            pid = int(self._inspect().get("Pid") or 0)
+            with told(f"the {self.name} cannot be looked at"):
+                pid = execution.pid()
             if pid:
                 with contextlib.suppress(ProcessLookupError):
                     self._pidfd = os.pidfd_open(pid)
@@ -162,38 +162,24 @@ class ContainerProcess:
             moment.wait(LOOK_S)  # the engine answers before it knows the process id
         raise RunBrokenError(f"the engine did not say which process the {self.name} is")
 
-    def _inspect(self) -> dict[str, Any]:
-        with told(f"the {self.name} cannot be looked at"):
-            found: dict[str, Any] = self._container.client.api.exec_inspect(self._exec_id)
-        return found
-
-    def _watch(self, output: Any) -> None:
+    def _watch(self, execution: Execution) -> None:
         with self.log.open("ab", buffering=0) as log:
             try:
-                for piece in output:
+                for piece in execution.output():
                     log.write(piece)
             except (DockerException, OSError) as error:  # the engine went away in the middle
                 log.write(f"the output ends: {innermost(error)}\n".encode())
-        self.status = self._end_in_words()
+        try:
+            self.status = _in_words(execution.status())
+        except (DockerException, OSError) as error:
+            self.status = f"ended ({innermost(error)})"
         self._gone.set()
         self._on_exit(self)
 
-    def _end_in_words(self) -> str:
-        deadline = time.monotonic() + END_S
-        moment = threading.Event()
-        while time.monotonic() < deadline:
-            try:
-                found = self._inspect()
-            except RunBrokenError as error:
-                return f"ended ({error})"
-            code = found.get("ExitCode")
-            if not found.get("Running") and code is not None:
-                return _in_words(int(code))
-            moment.wait(LOOK_S)  # the stream ends a moment before the engine knows the status
+
+def _in_words(code: int | None) -> str:
+    if code is None:
         return "ended, and the engine does not say how"
-
-
-def _in_words(code: int) -> str:
     if code > KILLED_STATUS:
         try:
             return f"was killed by {signal.Signals(code - KILLED_STATUS).name}"

@@ -30,6 +30,7 @@ from testbed.hosts.image import ensure
 from testbed.hosts.local import END_S, HURRY_S, SERVE_S
 from testbed.hosts.port import SHORT_NAMES, origins_of
 from testbed.node_client import NodeClient
+from testbed.units import format_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -255,6 +256,7 @@ class DockerHosts:
         if not host.node.alive or self._interrupt.hurried:
             return
         try:
+            host.container.thaw()
             host.node.resume()
             host.client.shutdown()
         except RunBrokenError as error:
@@ -274,13 +276,27 @@ class DockerHosts:
         self._history.note("process_started", process=process.name, pid=process.pid)
 
     def _exited(self, process: ContainerProcess, container: RunContainer) -> None:
+        words = "" if process.asked_to_end else process.last_words()
+        if not process.asked_to_end and process.status.endswith("SIGKILL"):
+            words = self._out_of_memory(container) or words
         self._history.note(
             "process_ended",
             process=process.name,
             asked=process.asked_to_end,
             status=process.status,
-            last_words="" if process.asked_to_end else process.last_words(),
+            last_words=words,
         )
+
+    def _out_of_memory(self, container: RunContainer) -> str:
+        """Whether the kernel killed it because the container's memory was spent: a fact, and the reason."""
+        try:
+            kills, (limit_bytes, _) = container.out_of_memory_kills(), container.limits()
+        except RunBrokenError:  # the container itself is gone: then it was not the kernel
+            return ""
+        if not kills:
+            return ""
+        self._history.note("out_of_memory", container=container.name, kills=kills, limit_bytes=limit_bytes)
+        return f"the container's memory of {format_bytes(limit_bytes)} was spent (hosts.memory)"
 
     def _own_again(self) -> None:
         """What the containers wrote belongs to the user of the run afterwards."""

@@ -47,6 +47,7 @@ class Engine:
     context: str
     engine_id: str
     version: str
+    memory_bytes: int  # of its machine
 
     @property
     def local(self) -> bool:
@@ -88,7 +89,7 @@ def connect(context: str = "", *, timeout_s: int = CALL_S) -> Engine:
     except (DockerException, OSError) as error:
         client.close()
         raise MachineCannotError(f"no engine answers at {address}: {innermost(error)}") from error
-    return Engine(client, address, context, str(facts.get("ID", address)), version)
+    return Engine(client, address, context, str(facts.get("ID", address)), version, int(facts["MemTotal"]))
 
 
 @contextmanager

@@ -1,0 +1,66 @@
+"""One command inside a container: its output as it comes, its status, and its connection closed afterwards.
+
+Rule 1: the end of the output is the end of the command; the engine knows the status a moment later.
+Rule 2: the connection is closed here: the SDK leaves that of an exec to the garbage collector.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from docker.utils.socket import frames_iter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+STATUS_S: Final = 5.0
+LOOK_S: Final = 0.005
+
+
+class Execution:
+    """A started command. Errors are the SDK's own."""
+
+    def __init__(self, container: Any, command: Sequence[str], *, user: str = "") -> None:
+        self._api = container.client.api
+        self._id = str(self._api.exec_create(container.id, list(command), user=user)["Id"])
+        self._socket = self._api.exec_start(self._id, socket=True)
+
+    def output(self) -> Iterator[bytes]:
+        """Standard output and error, mixed; ends with the command and closes the connection."""
+        try:
+            for _, piece in frames_iter(self._socket, tty=False):
+                yield piece
+        finally:
+            self._close()
+
+    def pid(self) -> int:
+        """Of the command on the engine's machine; 0 while the engine does not say."""
+        return int(self._api.exec_inspect(self._id).get("Pid") or 0)
+
+    def status(self) -> int | None:
+        """The exit status, once the output has ended; None when the engine does not say."""
+        deadline, moment = time.monotonic() + STATUS_S, threading.Event()
+        while time.monotonic() < deadline:
+            found = self._api.exec_inspect(self._id)
+            if not found.get("Running") and found.get("ExitCode") is not None:
+                return int(found["ExitCode"])
+            moment.wait(LOOK_S)
+        return None
+
+    def _close(self) -> None:
+        underneath = getattr(self._socket, "_sock", None)  # of a unix socket the SDK gives only the stream
+        response = getattr(self._socket, "_response", None)
+        for part in (response, self._socket, underneath):
+            if part is not None:
+                with contextlib.suppress(OSError):
+                    part.close()
+
+
+def run(container: Any, command: Sequence[str], *, user: str = "") -> tuple[int | None, str]:
+    """(status, output) of a short command."""
+    execution = Execution(container, command, user=user)
+    said = b"".join(execution.output()).decode("utf-8", "replace")
+    return execution.status(), said.strip()

@@ -1,0 +1,47 @@
+"""What tests in containers share: an engine, an image of this checkout, and hosts that several tests use.
+
+Rule 1: without an engine every test here is skipped with how to get one; a machine that lacks only the image
+        gets it built once.
+Rule 2: hosts are started once for a module (`bed`): a test leaves them as it found them.
+Rule 3: nothing of a test's run is left in the engine: fixtures look.
+"""
+
+import pytest
+
+from testbed.errors import TestbedError
+from testbed.hosts.engine import connect
+from testbed.hosts.image import ensure
+from tests.containers.beds import left_in, module_bed
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """The engine that `docker` would take."""
+    try:
+        found = connect(timeout_s=60)
+    except TestbedError as error:
+        pytest.skip(f"no containers here: {error}; where nothing can be pulled also: deploy/make-base-image")
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def image(engine):
+    """The reference of a fresh image of this checkout."""
+    return ensure(engine.client, lambda *_, **__: None)
+
+
+@pytest.fixture(scope="module")
+def bed(engine, image, tmp_path_factory):  # noqa: ARG001
+    """Two hosts in containers, the source's guest running; see beds.py."""
+    with module_bed(tmp_path_factory.mktemp("bed")) as started:
+        yield started
+    assert not left_in(engine, started.run_id)
+
+
+@pytest.fixture
+def nothing_left(engine):
+    """After the test the engine has no more containers and networks than before."""
+    before = left_in(engine)
+    yield
+    assert left_in(engine) == before
