@@ -100,7 +100,7 @@ class Counts:
         told = record.ended.fields.get("bytes") if record.ended is not None else None
         if not told or "tcp" not in told:
             return None
-        rounds = [event.fields for event in record.all("round_ended", "source")]
+        rounds = [event.fields for event in record.rounds]
         received = record.last("wire_received", "dest") or record.last("round_received", "dest")
         payload = int(told["payload"])
         return cls(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator
 
-from testbed.migration_keys import Migration
+from testbed.migration_keys import Migration, limit_conflicts
 from testbed.units import parse_duration_ms
 
 if TYPE_CHECKING:
@@ -59,4 +59,5 @@ def leg_conflicts(legs: Sequence[Leg], *, linux: bool) -> Iterator[tuple[str, st
                 f"leg.{index}.unsafe_clear_dirty_log_at_hint",
                 "an experiment that loses writes is a run of its own: it is no leg",
             )
+        yield from limit_conflicts(leg, f"leg.{index}")
         here = leg.to

@@ -79,23 +79,26 @@ def migration_conflicts(migration: Migration, expect: object) -> Iterator[tuple[
     """What is wrong among the keys of the section, as (path, problem)."""
     if migration.unsafe_clear_dirty_log_at_hint:
         yield from _unsafe_conflicts(migration, expect)
+    yield from limit_conflicts(migration)
+
+
+def limit_conflicts(migration: Migration, path: str = "migration") -> Iterator[tuple[str, str]]:
+    """What is wrong among the limits of a migration or a leg, as (path, problem)."""
     if migration.on_timeout == "switch" and not migration.timeout:
-        yield "migration.on_timeout", "'switch' means nothing without a timeout: give migration.timeout"
+        yield f"{path}.on_timeout", f"'switch' means nothing without a timeout: give {path}.timeout"
     throttle = migration.throttle
     if migration.on_stall == "throttle" and throttle is None:
-        yield (
-            "migration.throttle",
-            "on_stall = 'throttle' needs at least migration.throttle.maximum, in percent",
-        )
+        problem = f"is missing: on_stall = 'throttle' needs at least {path}.throttle.maximum, in percent"
+        yield f"{path}.throttle", problem
     if throttle is not None and migration.on_stall != "throttle":
         problem = f"means nothing with on_stall = '{migration.on_stall}': set on_stall = 'throttle'"
-        yield "migration.throttle", problem
+        yield f"{path}.throttle", problem
     if throttle is not None and throttle.start > throttle.maximum:
         problem = f"{throttle.start} % is above the maximum of {throttle.maximum} %"
-        yield "migration.throttle.start", problem
+        yield f"{path}.throttle.start", problem
     if migration.timeout and migration.link_timeout > migration.timeout:
-        problem = f"{migration.link_timeout} ms outlast migration.timeout = {migration.timeout} ms"
-        yield "migration.link_timeout", problem
+        problem = f"{migration.link_timeout} ms outlast {path}.timeout = {migration.timeout} ms"
+        yield f"{path}.link_timeout", problem
 
 
 def _unsafe_conflicts(migration: Migration, expect: object) -> Iterator[tuple[str, str]]:

@@ -56,6 +56,17 @@ class RunRecord:
         return self.last("migration_ended", "source")
 
     @property
+    def attempt_begins_ns(self) -> int:
+        """When the last attempt was asked for; 0 when none was."""
+        requested = self.last("migration_requested", "testbed")
+        return requested.at_ns if requested is not None else 0
+
+    @property
+    def rounds(self) -> list[Event]:
+        """The rounds of the last attempt that ended, in order: an earlier attempt's pages are no part of it."""
+        return [event for event in self.all("round_ended", "source") if event.at_ns >= self.attempt_begins_ns]
+
+    @property
     def outcome(self) -> str:
         """What became of the migration: "failed" when nobody could say, "cancelled" when it was not begun."""
         if self.ended is not None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from testbed.account import Account, account_of
 from testbed.beats import blackout_ns
+from testbed.decided import DecisionPart, RecoveriesPart, ThrottlePart, decisions_of, known
 from testbed.leg_views import leg_path, legs_of
 from testbed.predicted import predicted_of
 from virtio.balloon import (
@@ -190,6 +191,11 @@ class Result(Part):
     faults: list[FaultPart]
     cpu_seconds: CpuPart
     own_memory: MemoryPart
+    downtime_ms_estimated: float | None = None  # when the guest was paused for good; compare with downtime_ms
+    attempts: int = 1
+    decisions: list[DecisionPart] = []
+    recoveries: RecoveriesPart = RecoveriesPart()
+    throttle: ThrottlePart = ThrottlePart()
     predicted: PredictedPart | None = None
     account: Account | None = None  # of the bytes, layer by layer; null when nothing was counted
     legs: list[
@@ -275,6 +281,11 @@ def _build_one(record: RunRecord, judgement: Judgement) -> Result:
         cpu_seconds=CpuPart.model_validate(_known(CpuPart, _fields(record, "cpu_used"))),
         own_memory=_own_memory(record),
         predicted=_predicted(record),
+        downtime_ms_estimated=ended.get("downtime_ms_estimated"),
+        attempts=sum(1 for _ in record.all("migration_requested", "testbed")),
+        recoveries=RecoveriesPart.model_validate(known(RecoveriesPart, ended.get("recoveries"))),
+        throttle=ThrottlePart.model_validate(known(ThrottlePart, ended.get("throttle"))),
+        decisions=decisions_of(record),
         account=account_of(record),
         run_dir=str(record.run_dir.path),
     )
@@ -284,7 +295,7 @@ def rounds_of(record: RunRecord) -> list[RoundPart]:
     """The finished rounds, in order."""
     return [
         RoundPart.model_validate({"index": event.fields["round"], **_known(RoundPart, event.fields)})
-        for event in record.all("round_ended", "source")
+        for event in record.rounds
     ]
 
 

@@ -14,6 +14,7 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from testbed.decided import worth_another_attempt
 from testbed.errors import InterruptedRunError, RunBrokenError
 from testbed.leg_keys import ORIGINS
 from testbed.leg_views import OracleChain, artefact_name
@@ -148,21 +149,29 @@ class Session:
         self._note_guest(self._giver, "guest_status")
         before = self._cpu_seconds()
         migration = f"{self._migration}.{number}" if self._scenario.leg else self._migration
+        for attempt in range(1, leg.retries + 2):
+            ended = self._make_attempt(leg, migration, attempt)
+            if attempt > leg.retries or not worth_another_attempt(ended):
+                break
+            self._unless_interrupted()
+            self._history.note("migration_retried", attempt=attempt + 1, reason=ended.fields["reason"])
+        after = self._cpu_seconds()
+        self._history.note("cpu_used", **{part: after[part] - before[part] for part in before})
+        return ended
+
+    def _make_attempt(self, leg: Leg, migration: str, attempt: int) -> Event:
         request = migrate_request(
             leg,
             migration=migration,
-            attempt=1,
+            attempt=attempt,
             dest_address=self._taker.migration_address,
             dest_server_name=self._taker.server_name,
             rehearsal=self._scenario.rehearses,
         )
         earlier = self._history.having("migration_ended")
-        self._history.note("migration_requested", migration=migration, attempt=1)
+        self._history.note("migration_requested", migration=migration, attempt=attempt)
         self._giver.client.migrate(request)
-        ended = self._await_outcome(leg, earlier)
-        after = self._cpu_seconds()
-        self._history.note("cpu_used", **{part: after[part] - before[part] for part in before})
-        return ended
+        return self._await_outcome(leg, earlier)
 
     def _await_outcome(self, leg: Leg, earlier: Sequence[Event]) -> Event:
         limit_s = (leg.timeout / 1000 or NO_TIMEOUT_S) + self._grace_s

@@ -55,9 +55,7 @@ def _totals(hints: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _against_rounds(record: RunRecord, hints: Mapping[str, Any]) -> Iterator[str]:
-    told = {
-        event.fields["round"]: event.fields["skipped_pages"] for event in record.all("round_ended", "source")
-    }
+    told = {event.fields["round"]: event.fields["skipped_pages"] for event in record.rounds}
     for entry in hints["rounds"]:
         index = entry["index"]
         if index in told and told[index] != entry["skipped_pages"]:

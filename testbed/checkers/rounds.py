@@ -3,7 +3,8 @@
 Rule 1: rounds are numbered from 1 without a gap, and no round has more pages than the guest.
 Rule 2: a candidate page was sent as data, or as a zero record, or skipped.
 Rule 3: payload is data pages times the page size, and the rounds add up to the migration.
-Rule 4: zero records appear only where zero pages are skipped.
+Rule 4: pages that went again after a lost link are in no sum, and there are such only where a link came back.
+Rule 5: zero records appear only where zero pages are skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def check(record: RunRecord) -> Finding:
     """Adds the rounds up again."""
     if record.ended is None:
         return valid("no migration ended: there are no rounds to judge")
-    rounds = [event.fields for event in record.all("round_ended", "source")]
+    rounds = [event.fields for event in record.rounds]
     zero_pages = sum(entry["zero_pages"] for entry in rounds)
     if zero_pages and record.scenario.migration.skip in ("none", "hint"):
         return invalid(
@@ -41,9 +42,20 @@ def _numbering(rounds: list[Mapping[str, Any]], record: RunRecord) -> Iterator[s
     if record.verified and not rounds:
         yield "the migration completed without a round"
     limit = record.scenario.migration.rounds_max
-    # The stop-and-copy round comes after the last pre-copy round.
-    if len(rounds) > limit + 1:
+    # The stop-and-copy round comes after the last pre-copy round; a link that was lost at the last one costs one.
+    recoveries = _recoveries(record)
+    if len(rounds) > limit + 1 + recoveries["count"]:
         yield f"{len(rounds)} rounds although rounds_max = {limit}"
+    resent = sum(entry.get("resent_pages", 0) for entry in rounds)
+    if resent and not recoveries["count"]:
+        yield f"{resent} pages were sent again and no link was lost"
+    if record.verified and resent != recoveries["resent_pages"]:
+        yield f"the rounds sent {resent} pages again and the migration says {recoveries['resent_pages']}"
+
+
+def _recoveries(record: RunRecord) -> dict[str, int]:
+    told = record.ended.fields.get("recoveries") or {} if record.ended is not None else {}
+    return {name: int(told.get(name, 0)) for name in ("count", "resent_pages")}
 
 
 def _sums(rounds: list[Mapping[str, Any]], pages: int) -> Iterator[str]:

@@ -1,0 +1,64 @@
+"""A link that is cut in the middle of a real migration: it goes on where it was, or the guest is unharmed."""
+
+import pytest
+
+from migration.pages import PAGE_BYTES
+from testbed.record import load
+from tests.live.relay import Relay
+from tests.live.runs import guest_is_whole, perform, scenario
+
+CHUNK_BYTES_MAX = (1 << 20) + (64 << 10)  # pages, their hashes, the head, gRPC's and HTTP/2's frames
+SLOW = ("migration.bandwidth=24MiB/s", "migration.skip=none")  # 64 MiB: time enough to be cut in the middle
+
+
+class CutInTheMiddle:
+    """Watches a run's history: cuts the relay at some pages, heals it when `heals` has happened."""
+
+    def __init__(self, relay, heals):
+        self.relay = relay
+        self.heals = heals
+        self.done = False
+
+    def __call__(self, event):
+        if not self.done and event.name == "progress" and event.fields["sent_pages"] > 4000:
+            self.done = True
+            self.relay.cut()
+        elif event.origin == "source" and event.name == self.heals:
+            self.relay.heal()
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_a_link_that_comes_back_goes_on_without_sending_acknowledged_pages_again(
+    tmp_path, monkeypatch, streams
+):
+    with Relay(monkeypatch) as relay:
+        chosen = scenario(*SLOW, "migration.link_timeout=20s", f"migration.streams={streams}")
+        run = perform(tmp_path, chosen, CutInTheMiddle(relay, heals="link_lost"))
+    result, record = run.result, load(run.run_dir.path)
+    assert result.outcome == "completed", result.outcome_reason
+    assert result.verdict == "valid", result.reasons
+    assert (result.recoveries.count, result.attempts) == (1, 1)
+    assert result.recoveries.paused_ms > 0
+    guest_is_whole(run, "dest")
+    # The destination refuses a chunk that it has: what it had stored, and what came after the cut, is all there is.
+    resumed, received = record.last("link_resumed", "dest"), record.last("pages_received", "dest")
+    stored, chunks = resumed.fields["stored_chunks"], received.fields["chunks"]
+    assert stored > 0
+    assert sum(relay.forward_bytes[1:]) <= (chunks - stored) * CHUNK_BYTES_MAX
+    counted = record.ended.fields["bytes"]
+    assert counted["resent_pages"] == result.recoveries.resent_pages
+    assert result.recoveries.resent_pages * PAGE_BYTES < sum(part.payload_bytes for part in result.rounds) / 2
+    assert [one.decision for one in result.decisions][:2] == ["reconnect", "go_on"]
+
+
+def test_a_link_that_stays_lost_cancels_and_a_retry_is_complete(tmp_path, monkeypatch):
+    with Relay(monkeypatch) as relay:
+        chosen = scenario(*SLOW, "migration.link_timeout=300ms", "migration.retries=1")
+        run = perform(tmp_path, chosen, CutInTheMiddle(relay, heals="migration_ended"))
+    result, record = run.result, load(run.run_dir.path)
+    first, second = (event.fields for event in record.all("migration_ended", "source"))
+    assert (first["outcome"], first["cause"]) == ("cancelled", "link")
+    assert "link_timeout = 300 ms" in first["reason"]
+    assert second["outcome"] == "completed"
+    assert (result.outcome, result.verdict, result.attempts) == ("completed", "valid", 2), result.reasons
+    guest_is_whole(run, "dest")
