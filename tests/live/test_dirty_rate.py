@@ -16,10 +16,13 @@ BALLOONED = 8192
 SCENARIO = Scenario.model_validate({
     "name": "measured", "guest": {"memory": "128MiB", "workload": [
         {"name": "freed", "fraction": 0.5, "keep": 0.1},
-        {"name": "build", "jobs": 2, "arena": "6MiB", "headers": "2MiB", "objects": 4, "rate": "8000pages/s"},
+        {"name": "build", "jobs": 2, "arena": "6MiB", "headers": "2MiB", "objects": 4, "passes": 1,
+         "rate": "16000pages/s"},
     ]},
-    "balloon": {"num_pages": BALLOONED},
-    "migration": {"skip": "hint", "bandwidth": "60MB/s", "downtime_limit": "10ms"},
+    "balloon": {"num_pages": BALLOONED, "hints": "walk"},
+    "migration": {
+        "skip": "hint", "bandwidth": "60MB/s", "downtime_limit": "1ms", "rounds_max": 5,
+    },
     "run": {"settle": "20ms", "run_on": "60ms"},
 })  # fmt: skip
 
@@ -81,7 +84,7 @@ def test_the_balloon_is_neither_read_nor_sent_in_an_arm_without_zero_detection(m
 
 
 def test_pages_freed_between_rounds_are_hinted_and_not_sent(measured):
-    """A compiler that ended gave its arena back: blocks of it are hinted before the next round begins."""
+    """A compiler that ended gave its arena back: what lies together of it is hinted before the next round sends."""
     result = measured[2]
     assert len(result.rounds) > 2, "the limits leave no room for a second round"
     assert sum(part.skipped_pages for part in result.rounds[1:]) > 0
@@ -94,6 +97,7 @@ def test_pages_freed_between_rounds_are_hinted_and_not_sent(measured):
 def test_the_report_shows_predicted_beside_measured(measured):
     predicted = measured[2].predicted
     assert predicted is not None
-    assert predicted.converges
     assert predicted.downtime_estimate_ms is not None
-    assert 0.5 < predicted.total_ms / measured[2].total_ms < 2
+    assert predicted.basis.startswith("round 1: ")
+    # A build outruns this link, round 1 shows as much, and the rounds are as many as may be.
+    assert (predicted.converges, predicted.rounds, len(measured[2].rounds)) == (False, 6, 6)
