@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
+import sys
 import tarfile
 import tempfile
 import tomllib
@@ -20,7 +20,8 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 from docker.errors import BuildError, DockerException, ImageNotFound
 
-from testbed.errors import MachineCannotError
+from testbed.errors import MachineCannotError, TestbedError
+from testbed.hosts.engine import connect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -202,8 +203,21 @@ def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-def context_bytes(sources: ImageSources) -> bytes:
-    """The context in memory, for looking into it."""
-    buffer = io.BytesIO()
-    sources.write_context(buffer)
-    return buffer.getvalue()
+def main() -> int:
+    """`python -m testbed.hosts.image`: builds the image now, where it is missing or stale."""
+
+    def say(event: str, **fields: object) -> None:
+        sys.stderr.write(f"{event.replace('_', ' ')}: {', '.join(str(value) for value in fields.values())}\n")
+
+    try:
+        engine = connect()
+        sys.stdout.write(f"{ensure(engine.client, say)}\n")
+        engine.close()
+    except TestbedError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

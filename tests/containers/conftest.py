@@ -6,12 +6,23 @@ Rule 2: hosts are started once for a module (`bed`): a test leaves them as it fo
 Rule 3: nothing of a test's run is left in the engine: fixtures look.
 """
 
+from pathlib import Path
+
 import pytest
 
 from testbed.errors import TestbedError
 from testbed.hosts.engine import connect
 from testbed.hosts.image import ensure
 from tests.containers.beds import left_in, module_bed
+
+IMAGE_S = 600  # the first test waits for the image
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.timeout(IMAGE_S))
 
 
 @pytest.fixture(scope="session")
