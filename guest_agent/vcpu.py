@@ -2,13 +2,15 @@
 
 Rule 1: a workload runs only inside the gate, one `step` per pass; between steps everything is consistent.
 Rule 2: the workload that is due for longest goes first, so none starves another.
-Rule 3: throttling makes the vCPU sleep outside the gate: a throttled guest pauses at once.
+Rule 3: throttling takes its share of all the vCPU's time, busy or idle, slice by slice, and outside the gate: a
+        throttled guest pauses at once.
+Rule 4: workloads live by the vCPU's time: what the throttle took does not pass for them, and is not made up for. So
+        a rate falls by the share that the throttle takes, as that of a guest which is always busy.
 """
 
 from __future__ import annotations
 
 import heapq
-import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,8 +26,8 @@ __all__ = ["THROTTLE_PERCENT_MAX", "Vcpu"]
 IDLE_NS_MAX = (
     50_000_000  # an idle vCPU looks again at least this often: a new throttle or an end is seen soon
 )
+SLICE_NS = 5_000_000  # it runs so long between two sleeps of a throttle: at 99 % these are half a second
 THROTTLE_PERCENT_MAX = 99  # as QEMU's auto-converge: a guest is slowed, never stopped, by throttling
-THROTTLE_SLEEP_S_MAX = 0.5  # a 5 ms step at 99 % sleeps this long
 
 
 class Vcpu:
@@ -39,6 +41,8 @@ class Vcpu:
         self._gate = gate
         self._stopping = stopping
         self._throttle_percent = 0
+        self._slice_began_ns = 0
+        self._taken_ns = 0  # by throttling, since the vCPU began
 
     @property
     def throttle_percent(self) -> int:
@@ -60,19 +64,33 @@ class Vcpu:
         due = [(0, index) for index in range(len(self._workloads))]
         while not self._stopping.is_set():
             with self._gate:
-                sleep_s = self._pass(due)
-            if sleep_s > 0:
-                self._stopping.wait(sleep_s)
+                sleep_ns = self._pass(due)
+            if sleep_ns > 0:
+                self._stopping.wait(min(sleep_ns, SLICE_NS if self._throttle_percent else sleep_ns) / 1e9)
+            self._yield_share()
 
-    def _pass(self, due: list[tuple[int, int]]) -> float:
-        """One step of the workload that is due for longest; seconds to sleep afterwards."""
-        started_ns = self._clock.now_ns()
+    def _pass(self, due: list[tuple[int, int]]) -> int:
+        """One step of the workload that is due for longest; nanoseconds until there is more to do."""
+        started_ns = self._clock.now_ns() - self._taken_ns
         if not due or due[0][0] > started_ns:
-            return min(due[0][0] - started_ns if due else IDLE_NS_MAX, IDLE_NS_MAX) / 1e9
+            return min(due[0][0] - started_ns if due else IDLE_NS_MAX, IDLE_NS_MAX)
         _, index = due[0]
-        cpu_started = time.perf_counter()
         wait_ns = self._workloads[index].step(started_ns)
         assert wait_ns >= 0, (self._workloads[index].name, wait_ns)
         heapq.heapreplace(due, (started_ns + wait_ns, index))
-        percent = self._throttle_percent
-        return min((time.perf_counter() - cpu_started) * percent / (100 - percent), THROTTLE_SLEEP_S_MAX)
+        return 0
+
+    def _yield_share(self) -> None:
+        """Sleep what the throttle takes of the slice that is over; less, when it is lifted or the guest ends."""
+        now_ns, percent = self._clock.now_ns(), self._throttle_percent
+        if not percent:
+            self._slice_began_ns = now_ns
+        if now_ns - self._slice_began_ns < SLICE_NS:
+            return
+        until_ns = now_ns + (now_ns - self._slice_began_ns) * percent // (100 - percent)
+        began_ns = now_ns
+        while self._throttle_percent and now_ns < until_ns and not self._stopping.is_set():
+            self._stopping.wait(min(until_ns - now_ns, IDLE_NS_MAX) / 1e9)
+            now_ns = self._clock.now_ns()
+        self._taken_ns += now_ns - began_ns
+        self._slice_began_ns = now_ns

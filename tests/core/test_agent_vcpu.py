@@ -146,3 +146,54 @@ def test_a_vcpu_is_slowed_never_stopped_by_throttling(percent: int) -> None:
     vcpu = Vcpu([], GuestClock(), PauseGate(), threading.Event())
     with pytest.raises(AssertionError):
         vcpu.throttle_percent = percent
+
+
+class VirtualClock:
+    """Guest time that passes only while the vCPU works or waits."""
+
+    def __init__(self) -> None:
+        self.ns = 0
+
+    def now_ns(self) -> int:
+        """As GuestClock."""
+        return self.ns
+
+
+class VirtualStop(threading.Event):
+    """Waiting takes no time, and lets the clock go on."""
+
+    def __init__(self, clock: VirtualClock, end_ns: int) -> None:
+        super().__init__()
+        self._clock = clock
+        self._end_ns = end_ns
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self._clock.ns += round(timeout * 1e9)
+        if self._clock.ns >= self._end_ns:
+            self.set()
+        return self.is_set()
+
+
+@pytest.mark.parametrize("percent", [0, 20, 50, 90, 99])
+@pytest.mark.parametrize("work_ns", [10_000, 2_000_000], ids=["light", "heavy"])
+def test_a_rate_falls_by_the_share_that_the_throttle_takes(percent: int, work_ns: int) -> None:
+    seconds = 20
+    clock = VirtualClock()
+    stop = VirtualStop(clock, seconds * 1_000_000_000)
+    paced = Counting("paced", wait_ns=3_000_000)
+
+    def work(_steps: int) -> None:
+        clock.ns += work_ns
+
+    paced.on_step = work
+    gate = PauseGate()
+    gate.open()
+    anyclock: Any = clock
+    vcpu = Vcpu([paced], anyclock, gate, stop)  # type: ignore[list-item]
+    vcpu.throttle_percent = percent
+    vcpu.run()
+    expected = seconds * 1e9 / 3_000_000 * (100 - percent) / 100
+    assert paced.steps == pytest.approx(expected, rel=0.15)
+    # The guest's own time goes on as if nothing had been taken: it makes nothing up afterwards.
+    assert paced.times[-1] == pytest.approx(clock.ns * (100 - percent) / 100, rel=0.15)

@@ -302,3 +302,17 @@ def test_throttling_slows_the_guest_and_not_the_pause(guest: Host) -> None:
     guest.link.throttle(0)
     operations = guest.link.hello().operations
     wait_until(lambda: guest.link.hello().operations > operations + 100, "full speed again")
+
+
+def test_a_throttled_guest_does_less_by_the_share_that_is_taken(guest: Host) -> None:
+    def seconds_for(operations: int) -> float:
+        wanted = guest.link.hello().operations + operations
+        started = time.monotonic()
+        wait_until(lambda: guest.link.hello().operations >= wanted, "the workload to go on")
+        return time.monotonic() - started
+
+    free_s = seconds_for(400)
+    guest.link.throttle(80)
+    throttled_s = seconds_for(400)
+    guest.link.throttle(0)
+    assert throttled_s > 3 * free_s  # 5 times, were the machine ours alone
