@@ -54,6 +54,21 @@ class DirtyCurve:
         full_s = working_set_pages / pages_per_s
         return cls((full_s, 2 * full_s), (working_set_pages, working_set_pages), working_set_pages)
 
+    @classmethod
+    def of_samples(cls, samples: Sequence[tuple[float, int]], pages_max: float) -> DirtyCurve:
+        """Through (seconds, pages) in any order; a longer time never counts fewer pages than a shorter."""
+        times: list[float] = []
+        counts: list[int] = []
+        most = 0
+        for seconds, pages in sorted(samples):
+            most = max(most, pages)
+            if seconds > 0 and (not times or seconds > times[-1]):
+                times.append(seconds)
+                counts.append(most)
+            elif counts:
+                counts[-1] = most
+        return cls(times, counts, pages_max)
+
     def pages(self, elapsed_s: float) -> float:
         """Distinct pages written within `elapsed_s`."""
         if elapsed_s <= self._times[-1]:
@@ -195,12 +210,31 @@ def predict_from_round_1(first: FirstRound, pages: int, conditions: Conditions) 
     return _go_on(first.payload_pages, first.dirtied_pages, first.elapsed_ms, _Writing(curve), conditions)
 
 
-def _go_on(
-    first_pages: float, dirtied: float, elapsed_ms: float, writing: _Writing, conditions: Conditions
+def predict_from_within(
+    index: int, carry_ms: float, times_ms: tuple[float, float], curve: DirtyCurve, conditions: Conditions
+) -> Prediction:
+    """The rest of a migration in the middle of round `index`; the prediction's rounds begin with that one.
+
+    What remains of that round takes `carry_ms`; it, and the migration, went on for `times_ms`.
+    """
+    round_ms, elapsed_ms = times_ms
+    left_ms = carry_ms + conditions.costs.round_ms
+    pages = carry_ms * conditions.rate / PAGE_BYTES / 1e3
+    dirtied = curve.pages((round_ms + left_ms) / 1e3)
+    return _go_on(pages, dirtied, elapsed_ms + left_ms, _Writing(curve), conditions, index)
+
+
+def _go_on(  # noqa: PLR0917 - one state of rounds, spelled out
+    first_pages: float,
+    dirtied: float,
+    elapsed_ms: float,
+    writing: _Writing,
+    conditions: Conditions,
+    index: int = 1,
 ) -> Prediction:
     """Round after round, each followed by the source's own decision."""
     rate, limits, costs = conditions.rate, conditions.limits, conditions.costs
-    index, carried = 1, [first_pages]
+    carried = [first_pages]
     before: list[int] = []
     throttle_percent = 0
     while True:

@@ -36,7 +36,13 @@ class RoundBook:
         self.batch_outstanding = False  # taken, and not reported sent
         self._payload_bytes: list[int] = []  # per ended round
         self._sending_ns: list[int] = []
+        self.samples: list[tuple[float, int]] = []  # (seconds, pages dirtied within) of the rounds that ended
         self._remaining: list[int] = []  # per ended round under the throttle in force
+
+    @property
+    def round_started_ns(self) -> int:
+        """When the round under way began."""
+        return self._round_started_ns
 
     @property
     def current(self) -> RoundSet:
@@ -87,6 +93,8 @@ class RoundBook:
         self.ledger.add(totals)
         self._payload_bytes.append(totals.payload_bytes)
         self._sending_ns.append(max(now_ns - self._sending_since_ns, 1))
+        if dirty is not None:
+            self.samples.append(((now_ns - self._round_started_ns) / 1e9, int(np.count_nonzero(dirty))))
         return totals
 
     def stats(self, dirty: BoolArray, elapsed_ns: int, *, link_up: bool) -> RoundStats:

@@ -20,6 +20,9 @@ from host.clock import now_ns
 from host.errors import JournalConflict
 from migration import commands as do
 from migration import events as told
+from migration.model import Conditions
+from migration.pages import PAGE_BYTES
+from migration.progress import Standing, outlook
 from migration.source_machine import SourceMachine
 from migration.source_phases import SourcePhase
 from source_node.shell import SourceShell, hints_reported
@@ -170,15 +173,28 @@ class MigrationRun:
         since_ns, self._progress_ns = self._progress_ns or instant - PROGRESS_PERIOD_NS, instant
         ledger, batch = rounds.ledger, stream.batch_sent
         payload_bytes = self._shell.wire.payload_bytes + ledger.payload_bytes + batch.payload_bytes
+        sent, zero = ledger.sent_pages + batch.data_pages, ledger.zero_pages + batch.zero_pages
+        book = self._machine.book
+        pages_per_s = (sent + zero) * 1e9 / max(instant - book.round_started_ns, 1)
+        standing = Standing(
+            samples=book.samples,
+            round_index=rounds.index,
+            remaining_pages=rounds.remaining,
+            round_ms=(instant - book.round_started_ns) / 1e6,
+            elapsed_ms=(instant - self._shell.watch.requested_ns) / 1e6,
+            pages=rounds.pages,
+            paused=self._machine.phase is SourcePhase.FINAL_SENDING,
+        )
         self._host.events.add(
             "progress",
             round=rounds.index,
-            sent_pages=ledger.sent_pages + batch.data_pages,
-            zero_pages=ledger.zero_pages + batch.zero_pages,
+            sent_pages=sent,
+            zero_pages=zero,
             skipped_pages=ledger.skipped_pages,
             remaining_pages=rounds.remaining,
             payload_bytes=payload_bytes,
             rate_bytes_per_s=round((payload_bytes - self._progress_bytes) * 1e9 / (instant - since_ns)),
+            **outlook(standing, Conditions(pages_per_s * PAGE_BYTES, self.order.limits)).fields(),
         )
         self._progress_bytes = payload_bytes
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from migration.convergence import ThrottleSteps
 from migration.model import Conditions, FirstRound, predict_from_round_1
-from migration.rounds import Limits, estimated_downtime_ms
+from migration.rounds import Limits
 from testbed.units import format_bytes, format_ms
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from testbed.migration_keys import Migration
     from testbed.record import RunRecord
@@ -50,9 +50,7 @@ def predicted_of(record: RunRecord) -> dict[str, Any] | None:
         return None
     limits = limits_of(record.scenario.migration)
     elapsed_ms = (ended[0].at_ns - started.at_ns) / 1e6
-    return predicted(ended[0].fields, elapsed_ms, record.pages, limits) | {
-        "downtime_estimate_ms": _last_estimate_ms([event.fields for event in ended], limits)
-    }
+    return predicted(ended[0].fields, elapsed_ms, record.pages, limits)
 
 
 def predicted(first: Mapping[str, Any], elapsed_ms: float, pages: int, limits: Limits) -> dict[str, Any]:
@@ -89,17 +87,3 @@ def _rate(fields: Mapping[str, Any]) -> float:
         return float(told)
     duration_ms = float(fields["duration_ms"])
     return float(fields["payload_bytes"]) * 1e3 / duration_ms if duration_ms else 0.0
-
-
-def _last_estimate_ms(rounds: Sequence[Mapping[str, Any]], limits: Limits) -> float | None:
-    """The downtime that was estimated when the guest was stopped; None when it was not."""
-    before = [fields for fields in rounds if fields["decision"] != HANDOVER]
-    if len(before) == len(rounds):
-        return None
-    told = before[-1].get("downtime_estimate_ms")
-    if told is not None:
-        return float(told)
-    sent = sum(float(fields["payload_bytes"]) for fields in before)
-    took_ms = sum(float(fields["duration_ms"]) for fields in before)
-    rate = sent * 1e3 / took_ms if took_ms else 0.0
-    return round(estimated_downtime_ms(before[-1]["dirtied_pages"], rate, limits), 3)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from testbed.units import PAGE_BYTES, format_bytes, format_ms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from testbed.history import Event
     from testbed.run import FinishedRun
@@ -121,7 +121,7 @@ class TerminalLines:
             elif event.name == "progress":
                 done = fields["sent_pages"] + fields["zero_pages"] + fields["skipped_pages"]
                 rate = speed.rate_bytes_per_s(event.at_ns, fields["payload_bytes"])
-                detail = _speed(rate, fields["remaining_pages"])
+                detail = _outlook(rate, fields)
                 self._progress.update(task, completed=done, step=f"round {fields['round']}", detail=detail)
 
         return show
@@ -154,8 +154,16 @@ def display() -> Iterator[Display]:
         yield TerminalLines(progress)
 
 
-def _speed(rate_bytes_per_s: float, remaining_pages: int) -> str:
-    if rate_bytes_per_s <= 0:
-        return ""
-    left_s = remaining_pages * PAGE_BYTES / rate_bytes_per_s
-    return f"{format_bytes(rate_bytes_per_s)}/s, {format_ms(left_s * 1000)} left"
+def _outlook(rate_bytes_per_s: float, fields: Mapping[str, Any]) -> str:
+    """The rate, what is left, how the guest writes, and what is to come, as far as it is known."""
+    remaining_bytes = fields.get("remaining_bytes", fields["remaining_pages"] * PAGE_BYTES)
+    parts = [f"{format_bytes(rate_bytes_per_s)}/s"] if rate_bytes_per_s > 0 else []
+    parts.append(f"{format_bytes(remaining_bytes)} left")
+    if fields.get("dirty_pages_per_s") is not None:
+        parts.append(f"dirties {format_bytes(fields['dirty_pages_per_s'] * PAGE_BYTES)}/s")
+    if fields.get("expected_downtime_ms") is not None:
+        parts.append(f"downtime about {format_ms(fields['expected_downtime_ms'])}")
+    if fields.get("eta_ms") is not None:
+        known = fields.get("dirty_pages_per_s") is not None
+        parts.append(f"over in {'about' if known else 'at least'} {format_ms(fields['eta_ms'])}")
+    return ", ".join(parts)

@@ -147,7 +147,6 @@ class PredictedPart(Part):
     downtime_ms: float
     reason: str
     basis: str
-    downtime_estimate_ms: float | None = None  # at the last decision: what sending the rest would take
 
 
 class CpuPart(Part):

@@ -6,7 +6,7 @@ import pytest
 
 from migration.rounds import Limits
 from testbed.migration_keys import Migration, Throttle
-from testbed.predicted import _last_estimate_ms, comparison_line, limits_of, predicted
+from testbed.predicted import comparison_line, limits_of, predicted
 
 FIRST = {
     "round": 1, "sent_pages": 20_000, "dirtied_pages": 4000, "duration_ms": 800.0, "payload_bytes": 20_000 * 4096,
@@ -44,14 +44,6 @@ def test_a_rate_that_the_source_measured_goes_before_one_computed_here():
         FIRST | {"rate_bytes_per_s": 1e6}, 815.0, 100_000, Limits(downtime_limit_ms=50, rounds_max=1)
     )
     assert slow["downtime_ms"] == pytest.approx(4000 * 4096 / 1e3, rel=0.01)
-
-
-def test_the_estimate_of_the_last_decision_is_the_sources_or_computed_like_it():
-    handover = {"round": 2, "decision": "handover"}
-    assert _last_estimate_ms([FIRST], Limits()) is None
-    assert _last_estimate_ms([FIRST, handover], Limits()) == pytest.approx(160.0)
-    told = FIRST | {"downtime_estimate_ms": 155.5}
-    assert _last_estimate_ms([told, handover], Limits()) == 155.5
 
 
 def test_the_comparison_is_one_line():
