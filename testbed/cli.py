@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from testbed.cli_session import register
 from testbed.errors import TestbedError
 
 if TYPE_CHECKING:
@@ -261,6 +262,9 @@ def clean(
 def main() -> None:
     """The console script."""
     app()
+
+
+register(app)
 
 
 @contextmanager

@@ -106,7 +106,8 @@ def _view(
     oracle = chain.logged(giver, taker, until)
     chain.leg_ended(giver, taker, until)
     leg = record.scenario.leg[number - 1]
-    expect = record.scenario.expect if after is None else "completed"
+    # A leg that was made by hand says itself what was expected of it.
+    expect = start.fields.get("expect") or (record.scenario.expect if after is None else "completed")
     scenario = record.scenario.model_copy(update={"migration": leg, "leg": (), "expect": expect})
     beats = {str(role): _within(record.beats[host], begins_ns, ends_ns) for host, role in roles.items()}
     return LegRecord(

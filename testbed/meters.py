@@ -82,7 +82,7 @@ def outside_witness(hosts: Hosts, history: History) -> Iterator[None]:
 
 
 def _look_at_all(hosts: Hosts, history: History) -> dict[str, NetworkCounts]:
-    found = {}
+    found: dict[str, NetworkCounts] = {}
     for origin, host in hosts.hosts.items():
         if host.network_pid is not None:
             try:

@@ -79,11 +79,10 @@ class NodeClient:
         """Versions, roles, addresses."""
         return self._call("Describe", lambda: self._stub.Describe(node_pb2.DescribeRequest(), timeout=CALL_S))
 
-    def guest_status(self) -> node_pb2.GuestStatusReply:
+    def guest_status(self, timeout_s: float = CALL_S) -> node_pb2.GuestStatusReply:
         """The guest now."""
-        return self._call(
-            "GuestStatus", lambda: self._stub.GuestStatus(node_pb2.GuestStatusRequest(), timeout=CALL_S)
-        )
+        request = node_pb2.GuestStatusRequest()
+        return self._call("GuestStatus", lambda: self._stub.GuestStatus(request, timeout=timeout_s))
 
     def refresh_stats(self) -> None:
         """Have the guest's balloon driver asked for fresh memory statistics; they are in the next status."""

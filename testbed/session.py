@@ -79,22 +79,51 @@ class Session:
         self._boot()
         self._inflate()
         for number, leg in enumerate(self._scenario.legs, start=1):
-            self._taker = self._hosts.hosts[ORIGINS[leg.to]]
             if number > 1:
-                self._go_on()
-            if self._make_leg(number, leg) != "completed":
+                self.go_on()
+            if self.make_leg(number, leg) != "completed":
                 break
 
-    def _go_on(self) -> None:
-        """The guest runs on where the last leg brought it; where it came from there is room again."""
+    @property
+    def hosts(self) -> Hosts:
+        """The started hosts."""
+        return self._hosts
+
+    @property
+    def history(self) -> History:
+        """What has happened."""
+        return self._history
+
+    @property
+    def run_dir(self) -> RunDir:
+        """Where it is recorded."""
+        return self._run_dir
+
+    @property
+    def here(self) -> Origin:
+        """The host that the guest is on, as far as is known."""
+        return self._here
+
+    def go_on(self) -> None:
+        """The guest, which was checked, runs on where the last leg left it; where it came from is room again."""
         left, self._giver = self._giver, self._hosts.hosts[self._here]
-        left.client.stand_by(STAND_BY_S)
+        if left is not self._giver:
+            left.client.stand_by(STAND_BY_S)
         self._giver.client.resume_guest()
 
-    def _make_leg(self, number: int, leg: Leg) -> str:
-        """One migration, and everything that is kept of it; its outcome."""
+    def check_guest(self) -> None:
+        """The guest checks itself where it is, and stands still afterwards. Raises as `run`."""
+        owner = self._hosts.hosts[self._here]
+        self._giver = owner
+        self._taker = next(host for host in self._hosts.hosts.values() if host is not owner)
+        self._check_where_it_is(owner)
+
+    def make_leg(self, number: int, leg: Leg, *, expect: str = "") -> str:
+        """One migration, and everything that is kept of it; its outcome. Raises as `run`."""
+        self._taker = self._hosts.hosts[ORIGINS[leg.to]]
         if self._scenario.leg:
-            self._history.note("leg_started", leg=number, giver=self._giver.origin, taker=self._taker.origin)
+            parties = {"giver": self._giver.origin, "taker": self._taker.origin}
+            self._history.note("leg_started", leg=number, **parties, **({"expect": expect} if expect else {}))
         settle_ms = self._scenario.run.settle if leg.settle is None else leg.settle
         self._interrupt.pause(settle_ms / 1000)
         self._unless_interrupted()
@@ -315,7 +344,8 @@ class Session:
             if matches(event):
                 return True
             if event.name == "process_ended":
-                return event.fields["process"] in needs
+                process = event.fields["process"]
+                return process in needs and not self._is_back(process)
             return self._interrupt.hurried if cancelled else event.name == "interrupted"
 
         event = self._history.wait_for(stops, timeout_s)
@@ -326,6 +356,13 @@ class Session:
         if event.name == "process_ended":
             raise RunBrokenError(_obituary(event))
         raise InterruptedRunError(f"interrupted while waiting for {what}")
+
+    def _is_back(self, process: str) -> bool:
+        """Whether a process that ended was started again since, as the healer of a fault does."""
+        origin, _, part = process.partition("-")
+        host = next((host for host in self._hosts.hosts.values() if host.origin == origin), None)
+        handle = None if host is None else host.node if part == "node" else host.agent
+        return handle is not None and handle.alive
 
 
 def _answers_stats(balloon: dict[str, Any]) -> bool:
