@@ -1,10 +1,11 @@
 """The bare streams that Ballast's page stream is held against: nothing but the transport (and a store).
 
     python benchmarks/bare.py receive {tcp,grpc,store}         prints its port, serves one transfer per line
-    python benchmarks/bare.py send {tcp,grpc} PORT --bytes N   prints one JSON line
+    python benchmarks/bare.py send {tcp,grpc} PORT --bytes N --message-bytes M   prints one JSON line
 
-Both ends are processes of their own, as Ballast's nodes are. Messages are 1 MiB, 64 different ones of random
-bytes in turn. "store" writes every message to the next place of a fresh memfd by pwrite, as a destination does.
+Both ends are processes of their own, as Ballast's nodes are. Messages are 1 MiB unless said, 64 MiB of different
+ones of random bytes in turn. "store" writes every message to the next place of a fresh memfd by pwrite, as a
+destination does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MESSAGE_BYTES = 1 << 20
-DIFFERENT_MESSAGES = 64
+DIFFERENT_BYTES = 64 << 20
 METHOD = "/ballast.bench.Bare/Stream"
 OPTIONS = [("grpc.max_receive_message_length", 8 << 20), ("grpc.max_send_message_length", 8 << 20)]
 
@@ -94,16 +95,16 @@ def receive_tcp() -> None:
             say(bytes=total, cpu_seconds=cpu_seconds() - started)
 
 
-def messages(total: int) -> Iterator[bytes]:
+def messages(total: int, message_bytes: int) -> Iterator[bytes]:
     """`total` bytes in messages."""
-    pool = [os.urandom(MESSAGE_BYTES) for _ in range(DIFFERENT_MESSAGES)]
-    for index in range(total // MESSAGE_BYTES):
-        yield pool[index % DIFFERENT_MESSAGES]
+    pool = [os.urandom(message_bytes) for _ in range(DIFFERENT_BYTES // message_bytes)]
+    for index in range(total // message_bytes):
+        yield pool[index % len(pool)]
 
 
-def send(transport: str, port: int, total: int) -> None:
+def send(transport: str, port: int, total: int, message_bytes: int) -> None:
     """One transfer; the clock runs from the first message until the receiver has said that it has all."""
-    prepared = list(messages(total))
+    prepared = list(messages(total, message_bytes))
     if transport == "tcp":
         with socket.create_connection(("127.0.0.1", port)) as connection:
             started, cpu = time.monotonic(), cpu_seconds()
@@ -132,9 +133,10 @@ def main() -> None:
     sending.add_argument("transport", choices=["tcp", "grpc"])
     sending.add_argument("port", type=int)
     sending.add_argument("--bytes", type=int, default=1 << 30)
+    sending.add_argument("--message-bytes", type=int, default=MESSAGE_BYTES)
     options = parser.parse_args()
     if options.action == "send":
-        send(options.transport, options.port, options.bytes)
+        send(options.transport, options.port, options.bytes, options.message_bytes)
     elif options.kind == "tcp":
         receive_tcp()
     else:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from host.clock import now_ns
-from migration.codec import ZERO_PAGE_HASH, DecodedChunk, decode_chunk, verify
+from host.clock import now_ns, thread_cpu_ns
+from migration.codec import UNPACKED, ZERO_PAGE_HASH, DecodedChunk, decode_chunk, verify
 from migration.errors import RemoteProtocolError
+from migration.packing import unpack
 from migration.pages import pfns_of, runs_of
 from migration.partition import check_partition
 
@@ -44,6 +45,7 @@ class PageStreamIn:
 
     cut: Callable[[], object]
     joined: bool = False
+    unpack_cpu_ns: int = 0
     lane: Lane | None = None
 
 
@@ -65,6 +67,7 @@ class PageReceiver:
         self.incarnation = uuid.uuid4().hex
         self.attempt = attempt
         self.stored_hashes: U64Array = np.zeros(ram.pages, np.uint64)  # 0: never named by a chunk
+        self.unpack_cpu_ns = 0  # CPU time of decompression and of deltas, of calls that ended
         self._known_zero = np.ones(ram.pages, np.bool_)
         self._lanes = [Lane(index) for index in range(streams)]
         self._open: set[PageStreamIn] = set()
@@ -109,6 +112,8 @@ class PageReceiver:
     def end_stream(self, stream: PageStreamIn) -> None:
         """The stream's call is over; another one may begin. Idempotent."""
         with self._changing:
+            self.unpack_cpu_ns += stream.unpack_cpu_ns
+            stream.unpack_cpu_ns = 0
             self._open.discard(stream)
             if stream.lane is not None and stream.lane.call is stream:
                 stream.lane.call = None
@@ -163,10 +168,19 @@ class PageReceiver:
             OSError: this host cannot store it (memory).
         """
         chunk = decode_chunk(message, pages=self.ram.pages)
+        if chunk.packing is not UNPACKED:
+            chunk = self._unpacked(stream, chunk)
         verify(chunk)
         lane = stream.lane or self._bind(stream, chunk.header.stream)
         with lane.storing:
             self._store(stream, lane, chunk)
+        return chunk
+
+    def _unpacked(self, stream: PageStreamIn, chunk: DecodedChunk) -> DecodedChunk:
+        """Its pages. A delta is of what this stream stored before: nobody else stores these pages."""
+        started_ns = thread_cpu_ns()
+        chunk = unpack(chunk, self.ram.gather)
+        stream.unpack_cpu_ns += thread_cpu_ns() - started_ns
         return chunk
 
     def _bind(self, stream: PageStreamIn, index: int) -> Lane:

@@ -12,3 +12,8 @@ import time
 def now_ns() -> int:
     """CLOCK_MONOTONIC in nanoseconds."""
     return time.monotonic_ns()
+
+
+def thread_cpu_ns() -> int:
+    """CPU time of the calling thread so far, in nanoseconds."""
+    return time.thread_time_ns()

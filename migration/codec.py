@@ -17,7 +17,7 @@ gRPC takes nothing but `bytes`.
 
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import xxhash
@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError
 
 from migration.errors import LocalProtocolError, RemoteProtocolError
 from migration.pages import PAGE_BYTES, BoolArray, U8Array, U32Array, U64Array
-from migration.pb.migration_pb2 import PageChunk
+from migration.pb.migration_pb2 import ENCODING_RAW, Encoding, PageChunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -44,9 +44,9 @@ MESSAGE_BYTES_MAX = CHUNK_PAGES_MAX * PAGE_BYTES + SMALL_FIELDS_BYTES_MAX + 4096
 
 ZERO_PAGE_HASH = xxhash.xxh3_64_intdigest(bytes(PAGE_BYTES))
 
-# chunk_hash covers: this head, the incarnation, then the five lists as little-endian arrays (rule 4).
-HASH_HEAD = struct.Struct("<IIIIQIII")
-assert HASH_HEAD.size == 36
+# chunk_hash covers: this head, the incarnation, the five lists as little-endian arrays, the delta (rule 4).
+HASH_HEAD = struct.Struct("<IIIIQIIIII")
+assert HASH_HEAD.size == 44
 
 NO_PFNS: U64Array = np.empty(0, np.uint64)
 NO_COUNTS: U32Array = np.empty(0, np.uint32)
@@ -71,13 +71,25 @@ class ChunkHeader:
     stream: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """What `data` is, when it is not just the pages: see migration/packing.py."""
+
+    encoding: int = ENCODING_RAW
+    delta: bytes = b""
+    decoded_bytes: int = 0  # 0 when the encoding is RAW
+
+
+UNPACKED = Packing()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodedChunk:
     """A received chunk whose fields are consistent: runs are ascending, and no page is in two of them.
 
     A chunk without pages is legal: it asks for an acknowledgement.
-    `data` is a view (data_pages * PAGE_BYTES,) of the message, `page_hashes` has one u64 per data page.
-    Whether the data has these hashes is not known before `verify`.
+    `data` is a view of the message: (data_pages * PAGE_BYTES,), unless it is packed. `page_hashes` has one u64 per
+    data page. Whether the data has these hashes is not known before `verify`.
     """
 
     header: ChunkHeader
@@ -89,6 +101,7 @@ class DecodedChunk:
     data: memoryview
     data_page_count: int
     zero_page_count: int
+    packing: Packing = UNPACKED
 
 
 def page_hashes(data: Buffer) -> U64Array:
@@ -124,6 +137,7 @@ def chunk_hash(  # noqa: PLR0917 - the message's fields, in its order
     zero_first: U64Array,
     zero_pages: U32Array,
     hashes: U64Array,
+    packing: Packing = UNPACKED,
 ) -> int:
     """xxh3_64 over the header fields, the runs and the page hashes, and so by way of these over the data."""
     incarnation = header.incarnation.encode()
@@ -136,6 +150,8 @@ def chunk_hash(  # noqa: PLR0917 - the message's fields, in its order
         run_first.size,
         zero_first.size,
         hashes.size,
+        packing.encoding,
+        packing.decoded_bytes,
     )
     lists = (
         run_first.astype("<u8", copy=False),
@@ -144,7 +160,9 @@ def chunk_hash(  # noqa: PLR0917 - the message's fields, in its order
         zero_pages.astype("<u4", copy=False),
         hashes.astype("<u8", copy=False),
     )
-    return xxhash.xxh3_64_intdigest(b"".join((head, incarnation, *(part.tobytes() for part in lists))))
+    return xxhash.xxh3_64_intdigest(
+        b"".join((head, incarnation, *(part.tobytes() for part in lists), packing.delta))
+    )
 
 
 def image_digest(sent_hashes: U64Array, vcpu_state: bytes, device_state: bytes) -> int:
@@ -162,18 +180,21 @@ class ChunkHead:
     Attributes:
         size: bytes that the head will have.
         data_pages: pages of the data runs.
+        data_bytes: of the data: their pages, unless they are packed.
 
     Raises:
         LocalProtocolError: the lists do not fit each other, or exceed a limit.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - the message's fields, in its order
         self,
         header: ChunkHeader,
         run_first: U64Array,
         run_pages: U32Array,
         zero_first: U64Array,
         zero_pages: U32Array,
+        packing: Packing = UNPACKED,
+        data_bytes: int | None = None,
     ) -> None:
         if run_first.size != run_pages.size or zero_first.size != zero_pages.size:
             raise LocalProtocolError("runs of unequal lists")
@@ -181,6 +202,7 @@ class ChunkHead:
         if data_pages > CHUNK_PAGES_MAX or zero_first.size > ZERO_RUNS_MAX:
             raise LocalProtocolError("chunk too large", data_pages=data_pages, zero_runs=zero_first.size)
         self._parts = header, run_first, run_pages, zero_first, zero_pages
+        self._packing = packing
         self._fields = PageChunk(
             incarnation=header.incarnation,
             attempt=header.attempt,
@@ -192,8 +214,16 @@ class ChunkHead:
             zero_pages=zero_pages.tolist(),
         ).SerializeToString()
         self._hashes_prefix = _prefix(HASHES_TAG, data_pages * 8)
-        stream = PageChunk(stream=header.stream).SerializeToString()  # numbered after the chunk's hash
-        self._data_prefix = stream + _prefix(DATA_TAG, data_pages * PAGE_BYTES)
+        rest = b""  # the fields numbered after the chunk's hash; nearly always there are none
+        if header.stream or packing is not UNPACKED:
+            rest = PageChunk(
+                stream=header.stream,
+                encoding=cast("Any", packing.encoding),
+                delta=packing.delta,
+                decoded_bytes=packing.decoded_bytes,
+            ).SerializeToString()
+        self.data_bytes = data_pages * PAGE_BYTES if data_bytes is None else data_bytes
+        self._data_prefix = rest + _prefix(DATA_TAG, self.data_bytes)
         self.data_pages = data_pages
         self.size = (
             len(self._fields)
@@ -216,7 +246,7 @@ class ChunkHead:
                 self._fields,
                 self._hashes_prefix,
                 hashes.astype("<u8", copy=False).tobytes(),
-                CHUNK_HASH_FIELD.pack(CHUNK_HASH_TAG, chunk_hash(*self._parts, hashes)),
+                CHUNK_HASH_FIELD.pack(CHUNK_HASH_TAG, chunk_hash(*self._parts, hashes, self._packing)),
                 self._data_prefix,
             )
         )
@@ -230,15 +260,17 @@ def encode_chunk(  # noqa: PLR0917 - the message's fields, in its order
     zero_pages: U32Array,
     hashes: U64Array,
     data: Buffer,
+    packing: Packing = UNPACKED,
 ) -> bytes:
-    """The message. `data` is the pages of the runs, one after the other; `hashes` are theirs.
+    """The message. `data` is the pages of the runs, one after the other, or packed; `hashes` are the pages'.
 
     Raises:
         LocalProtocolError: lists, hashes and data do not fit each other, or exceed a limit.
     """
     view = data.data if isinstance(data, np.ndarray) else memoryview(data)
-    head = ChunkHead(header, run_first, run_pages, zero_first, zero_pages)
-    if view.nbytes != head.data_pages * PAGE_BYTES:
+    packed_bytes = None if packing is UNPACKED else view.nbytes
+    head = ChunkHead(header, run_first, run_pages, zero_first, zero_pages, packing, packed_bytes)
+    if view.nbytes != head.data_bytes:
         raise LocalProtocolError("data does not fit the runs", pages=head.data_pages, data=view.nbytes)
     return b"".join((head.to_bytes(hashes), view))
 
@@ -269,7 +301,9 @@ def decode_chunk(message: bytes, *, pages: int) -> DecodedChunk:
         _check_apart(run_first, run_pages, zero_first, zero_pages)
     if data_page_count > CHUNK_PAGES_MAX:
         raise RemoteProtocolError("chunk too large", data_pages=data_page_count)
-    if len(chunk.page_hashes) != data_page_count * 8 or data.nbytes != data_page_count * PAGE_BYTES:
+    packing = _packing_of(chunk)
+    fits = data.nbytes == data_page_count * PAGE_BYTES if packing is UNPACKED else data_page_count > 0
+    if len(chunk.page_hashes) != data_page_count * 8 or not fits:
         raise RemoteProtocolError(
             "chunk's lengths disagree",
             data_pages=data_page_count,
@@ -277,7 +311,7 @@ def decode_chunk(message: bytes, *, pages: int) -> DecodedChunk:
             data=data.nbytes,
         )
     hashes = np.frombuffer(chunk.page_hashes, "<u8").astype(np.uint64, copy=False)
-    if chunk.chunk_hash != chunk_hash(header, run_first, run_pages, zero_first, zero_pages, hashes):
+    if chunk.chunk_hash != chunk_hash(header, run_first, run_pages, zero_first, zero_pages, hashes, packing):
         raise RemoteProtocolError("chunk hash differs", sequence=header.sequence)
     return DecodedChunk(
         header=header,
@@ -289,7 +323,16 @@ def decode_chunk(message: bytes, *, pages: int) -> DecodedChunk:
         data=data,
         data_page_count=data_page_count,
         zero_page_count=zero_page_count,
+        packing=packing,
     )
+
+
+def _packing_of(chunk: PageChunk) -> Packing:
+    if not (chunk.encoding or chunk.delta or chunk.decoded_bytes):
+        return UNPACKED
+    if chunk.encoding not in Encoding.values():
+        raise RemoteProtocolError("unknown encoding", encoding=chunk.encoding)
+    return Packing(chunk.encoding, chunk.delta, chunk.decoded_bytes)
 
 
 def verify(chunk: DecodedChunk) -> None:
@@ -377,7 +420,8 @@ def _parse(message: bytes) -> tuple[PageChunk, memoryview]:
         except DecodeError:
             chunk.Clear()
         else:
-            return chunk, memoryview(message)[small_bytes + len(prefix) :]
+            data = memoryview(message)[small_bytes + len(prefix) :] if data_bytes else memoryview(chunk.data)
+            return chunk, data
     small, data = _split(message)
     try:
         chunk.ParseFromString(small)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from migration.pages import U64Array
     from source_node.pacer import Pacer
+    from source_node.packer import Packer
     from source_node.page_reader import PageReader
 
 METHOD = "/ballast.v1.Migration/Pages"
@@ -93,13 +94,14 @@ class PageLane:
         reader: PageReader,
         *,
         pacer: Pacer | None,
+        packer: Packer | None,
         window_chunks: int,
     ) -> None:
         self.messages = 0
         self.grpc_bytes = 0
         self.resent_pages = 0
         self.sent = 0  # chunks with a lower sequence were given to gRPC
-        self._numbers = ChunkNumbers(index)
+        self._numbers = ChunkNumbers(index, packer=packer)
         self._owner = owner
         self._reader = reader
         self._pacer = pacer
@@ -177,6 +179,8 @@ class PageLane:
                 pfns = lost[start : start + REPAIR_PAGES]
                 self._works.appendleft(Part(self._round_index, pfns, is_repair=True))
             self.resent_pages += len(lost)
+            if self._numbers.packer is not None:
+                self._numbers.packer.forget(lost)
             return lost
 
     # -- gRPC's sending thread -----------------------------------------------------------------

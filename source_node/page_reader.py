@@ -17,9 +17,11 @@ import numpy as np
 
 from migration.codec import (
     CHUNK_PAGES_MAX,
+    UNPACKED,
     ZERO_PAGE_HASH,
     ChunkHead,
     ChunkHeader,
+    Packing,
     encode_chunk,
     page_hashes,
     zero_pages_mask,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from host.guest_memory import HostRam
     from migration.pages import BoolArray, U8Array, U32Array, U64Array
+    from source_node.packer import Packer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,16 +48,18 @@ class OutgoingChunk:
 
 @dataclass(slots=True)
 class ChunkNumbers:
-    """How one stream numbers its chunks."""
+    """How one stream numbers its chunks, and packs them if it does."""
 
     stream: int
     next_sequence: int = 0
+    packer: Packer | None = None
 
 
 class PageReader:
     """Reads one guest's RAM for one attempt. Thread-safe as long as no two threads read the same page at a time."""
 
     def __init__(self, ram: HostRam, *, incarnation: str, attempt: int, detects_zero: bool) -> None:
+        self.pages = ram.pages
         self.sent_hashes = np.zeros(ram.pages, np.uint64)
         self._ram = ram
         self._incarnation = incarnation
@@ -77,14 +82,17 @@ class PageReader:
             if holes.any():
                 yield self._zero_chunk(numbers, round_index, pfns[holes])
                 pfns = pfns[~holes]
+        data_chunk = self._data_chunk if numbers.packer is None else self._packed_chunk
         for start in range(0, len(pfns), CHUNK_PAGES_MAX):
-            yield self._data_chunk(numbers, round_index, pfns[start : start + CHUNK_PAGES_MAX])
+            yield data_chunk(numbers, round_index, pfns[start : start + CHUNK_PAGES_MAX])
 
     def marker(self, numbers: ChunkNumbers, round_index: int) -> OutgoingChunk:
         """A chunk without pages: it asks for an acknowledgement at once."""
         return self._zero_chunk(numbers, round_index, _NO_PFNS)
 
     def _zero_chunk(self, numbers: ChunkNumbers, round_index: int, pfns: U64Array) -> OutgoingChunk:
+        if numbers.packer is not None:
+            numbers.packer.forget(pfns)
         return self._chunk(self._header(numbers, round_index), pfns, _NO_MASK, _NO_DATA)
 
     def _data_chunk(self, numbers: ChunkNumbers, round_index: int, pfns: U64Array) -> OutgoingChunk:
@@ -107,18 +115,39 @@ class PageReader:
         self.sent_hashes[where] = hashes
         return OutgoingChunk(message.getvalue(), len(pfns), 0, pfns)
 
+    def _packed_chunk(self, numbers: ChunkNumbers, round_index: int, pfns: U64Array) -> OutgoingChunk:
+        """As _data_chunk, into a buffer of its own: how large the data will be is not known before."""
+        assert numbers.packer is not None, "nothing is to be packed"
+        pages = np.empty((len(pfns), PAGE_BYTES), np.uint8)
+        self._ram.gather(pfns, pages.data.cast("B"))
+        is_data = ~zero_pages_mask(pages) if self._detects_zero else np.ones(len(pfns), np.bool_)
+        if not is_data.all():
+            numbers.packer.forget(pfns[~is_data])
+            pages = pages[is_data]
+        hashes = page_hashes(pages)
+        packing, data = numbers.packer.pack(round_index, pfns[is_data], pages)
+        return self._chunk(self._header(numbers, round_index), pfns, is_data, data, hashes, packing)
+
     def _header(self, numbers: ChunkNumbers, round_index: int) -> ChunkHeader:
         sequence = numbers.next_sequence
         numbers.next_sequence += 1
         return ChunkHeader(self._incarnation, self._attempt, round_index, sequence, numbers.stream)
 
-    def _chunk(self, header: ChunkHeader, pfns: U64Array, is_data: BoolArray, data: U8Array) -> OutgoingChunk:
+    def _chunk(  # noqa: PLR0917 - the message's parts
+        self,
+        header: ChunkHeader,
+        pfns: U64Array,
+        is_data: BoolArray,
+        data: U8Array | bytes,
+        hashes: U64Array | None = None,
+        packing: Packing = UNPACKED,
+    ) -> OutgoingChunk:
         """The message of pages of which some (`is_data`; none of them when it is empty) have `data`."""
         data_pfns, zero_pfns = (pfns[is_data], pfns[~is_data]) if is_data.size else (_NO_PFNS, pfns)
         run_first, run_pages, where = _runs(data_pfns)
         zero_first, zero_pages, zero_where = _runs(zero_pfns)
-        hashes = page_hashes(data)
-        message = encode_chunk(header, run_first, run_pages, zero_first, zero_pages, hashes, data)
+        hashes = page_hashes(data) if hashes is None else hashes
+        message = encode_chunk(header, run_first, run_pages, zero_first, zero_pages, hashes, data, packing)
         self.sent_hashes[where] = hashes
         self.sent_hashes[zero_where] = ZERO_PAGE_HASH
         return OutgoingChunk(message, len(data_pfns), len(zero_pfns), pfns)

@@ -21,6 +21,7 @@ from migration.events import PagesSent
 from migration.pages import PAGE_BYTES
 from migration.partition import STREAMS_MAX, pages_by_stream
 from source_node.pacer import Pacer
+from source_node.packer import PackingOrder, packers, report
 from source_node.page_lane import Marker, PageLane, Part, one_line
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PageStream", "StreamListener", "default_streams", "one_line"]
 
+NOTHING_PACKED = PackingOrder()
 WINDOW_CHUNKS = 64  # 64 MiB at most between guest RAM and the destination's; it acknowledges every 16
 # An error of the destination shows when the acknowledgements before it were taken: at 64 chunks that would be
 # half a minute of a stream limited to 20 Mbit/s. Such a stream has far fewer than these on the way.
@@ -76,6 +78,7 @@ class PageStream:
         *,
         streams: int,
         bytes_per_second: float | None,
+        packing: PackingOrder = NOTHING_PACKED,
     ) -> None:
         if not 0 < streams <= STREAMS_MAX:
             raise ValueError(f"{streams} page streams: 1 to {STREAMS_MAX} are possible")
@@ -88,6 +91,8 @@ class PageStream:
         self._parts: list[Part] = []  # of the batch under way
         self._parts_unread = 0
         self._lanes_unacknowledged = 0
+        self._packing = packing
+        self._packers = packers(packing, streams, reader.pages)
         self._lanes = [
             PageLane(
                 index,
@@ -95,6 +100,7 @@ class PageStream:
                 self,
                 reader,
                 pacer=self._pacer,
+                packer=self._packers[index],
                 window_chunks=max(window_chunks // streams, 1),
             )
             for index in range(streams)
@@ -133,6 +139,10 @@ class PageStream:
     def batch_sent(self) -> PagesSent:
         """What of the batch under way is read, for progress."""
         return _sum_of(self._parts)
+
+    def packing_report(self) -> dict[str, object]:
+        """`compression` and `delta` of the result document."""
+        return report(self._packing, self._packers)
 
     def measured(self, wire_bytes: int) -> None:
         """So many bytes the kernel counted on this attempt's connections: the bandwidth limit learns from it."""

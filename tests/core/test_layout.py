@@ -41,7 +41,7 @@ FORBIDDEN_IN_CORES = {
     *("threading", "_thread", "queue", "multiprocessing", "concurrent", "subprocess", "signal"),
     *("os", "posix", "io", "pathlib", "shutil", "tempfile", "sqlite3", "mmap", "fcntl", "ctypes", "resource"),
 }
-CORE_LIBRARIES = {"numpy", "xxhash", "google"}  # google: protobuf, without gRPC
+CORE_LIBRARIES = {"numpy", "xxhash", "google", "lz4", "zstandard"}  # google: protobuf, without gRPC
 FORBIDDEN_CALLS_IN_CORES = {"open", "print", "input", "exec", "eval", "__import__"}
 
 FUNCTION_LINES_MAX = 70

@@ -27,6 +27,7 @@ class Reader:
     """Stands for PageReader: one page a chunk, and no RAM behind it."""
 
     def __init__(self, fails_at=None):
+        self.pages = 1 << 16
         self.fails_at = fails_at
 
     def chunks_of(self, numbers, round_index, pfns):
