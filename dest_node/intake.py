@@ -364,7 +364,12 @@ class Intake:
         assert request is not None, "no Prepare at hand"
         if not receiver.join(JOIN_TIMEOUT_S):
             raise IntakeRefused("a page writer does not end")
-        self._host.events.add("pages_received", chunks=receiver.stored_chunks, cpu_seconds=cpu_seconds())
+        self._host.events.add(
+            "pages_received",
+            chunks=receiver.stored_chunks,
+            unpack_cpu_seconds=receiver.unpack_cpu_ns / 1e9,
+            cpu_seconds=cpu_seconds(),
+        )
         if receiver.stored_chunks != chunks:
             raise RemoteProtocolError("chunks are missing", stored=receiver.stored_chunks, sent=chunks)
         device = request.device.SerializeToString(deterministic=True)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from migration.identity import AttemptKey
+    from source_node.packer import PackingOrder
     from source_node.page_reader import PageReader
 
 OPEN_TIMEOUT_S = 10.0  # reserving is bookkeeping; zeroing a failed attempt's 8 GiB takes about a second
@@ -107,10 +108,23 @@ class Destination:
         self._call(self._stub.Open, request, OPEN_TIMEOUT_S, self._resumed)
 
     def page_stream(
-        self, listener: StreamListener, reader: PageReader, *, streams: int, bytes_per_second: float | None
+        self,
+        listener: StreamListener,
+        reader: PageReader,
+        *,
+        streams: int,
+        bytes_per_second: float | None,
+        packing: PackingOrder,
     ) -> PageStream:
         """The streams of this attempt."""
-        return PageStream(self._channel, listener, reader, streams=streams, bytes_per_second=bytes_per_second)
+        return PageStream(
+            self._channel,
+            listener,
+            reader,
+            streams=streams,
+            bytes_per_second=bytes_per_second,
+            packing=packing,
+        )
 
     def prepare(self, request: migration_pb2.PrepareRequest) -> None:
         """-> PrepareAnswered, LinkLost or PeerLost."""

@@ -230,6 +230,7 @@ class MigrationRun:
             **shell.watch.times(),
             hints=self._machine.ledger.to_dict(),
             bytes=byte_counts,
+            **(shell.stream.report() if shell.stream is not None else {}),
             artefacts=shell.artefacts,
             missing=missing,
             engine={"tracker": self.order.tracker, "tracker_reason": self.order.tracker_reason},

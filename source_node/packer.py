@@ -52,6 +52,7 @@ class Packer:
 
     def __init__(self, compression: str, cache: DeltaCache | None) -> None:
         self.deltas = DeltaCounts()
+        self.saved_bytes = 0  # of the pages' own, by both together
         self.cpu_ns = 0  # of compressing and of finding differences
         self.compressor = Compressor(compression) if compression != "none" else None
         self._encoding = ENCODINGS[compression]
@@ -67,6 +68,7 @@ class Packer:
             packed: tuple[Packing, U8Array | bytes] = UNPACKED, pages.reshape(-1)
         else:
             packed = pack(raw, self._encoding, self.compressor, deltas, words)
+        self.saved_bytes += pages.nbytes - len(packed[1]) - len(packed[0].delta)
         self.cpu_ns += thread_cpu_ns() - started_ns
         return packed
 

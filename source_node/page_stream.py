@@ -140,9 +140,14 @@ class PageStream:
         """What of the batch under way is read, for progress."""
         return _sum_of(self._parts)
 
-    def packing_report(self) -> dict[str, object]:
-        """`compression` and `delta` of the result document."""
-        return report(self._packing, self._packers)
+    @property
+    def saved_bytes(self) -> int:
+        """What compression and deltas took off the pages' own bytes."""
+        return sum(packer.saved_bytes for packer in self._packers if packer is not None)
+
+    def report(self) -> dict[str, object]:
+        """`streams`, `compression` and `delta` of the result document, as far as the source knows them."""
+        return {"streams": self.streams, **report(self._packing, self._packers)}
 
     def measured(self, wire_bytes: int) -> None:
         """So many bytes the kernel counted on this attempt's connections: the bandwidth limit learns from it."""

@@ -32,6 +32,7 @@ from source_node.artefacts import write_artefacts
 from source_node.destination import Destination, id_message
 from source_node.hint_log import HintLog
 from source_node.hint_rule import SafeRule, UnsafeClearDirtyLogAtHint
+from source_node.packer import PackingOrder
 from source_node.page_reader import PageReader
 from source_node.reached import reach_after, reach_before
 from source_node.throttling import GuestThrottle
@@ -254,7 +255,11 @@ class SourceShell:
             detects_zero=self._order.skip.detects_zero,
         )
         self.stream = self._peer.page_stream(
-            self, self._reader, streams=self._order.streams, bytes_per_second=self._order.limits.bandwidth
+            self,
+            self._reader,
+            streams=self._order.streams,
+            bytes_per_second=self._order.limits.bandwidth,
+            packing=PackingOrder(self._order.compression, self._order.delta_cache_bytes),
         )
         log_, scanner = self._host.device_log, self._host.guest.scanner
         if self._order.tracker == "uffd":

@@ -100,6 +100,7 @@ class WireAccount:
         control = destination.control_bytes if destination is not None else 0
         fields: dict[str, object] = {
             "payload": ledger.payload_bytes,
+            "encoded": ledger.payload_bytes - (stream.saved_bytes if stream is not None else 0),
             "grpc": (stream.grpc_bytes if stream is not None else 0) + control,
             "control": control,
             "wire_tx": wire.tx_bytes,

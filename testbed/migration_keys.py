@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
+from migration.partition import STREAMS_MAX
 from migration.pb import node_pb2
 from testbed.scenario_model import Model
 from testbed.units import parse_bytes, parse_duration_ms, parse_rate
@@ -25,7 +26,6 @@ DurationMs = Annotated[int, BeforeValidator(parse_duration_ms)]
 Percent = Annotated[int, Field(ge=1, le=99)]  # a guest is slowed, never stopped: as in auto-converge
 
 ROUNDS_MAX: Final = 1000  # a limit on everything: beyond it the dirty rate exceeds the link
-STREAMS_MAX: Final = 64
 RETRIES_MAX: Final = 100
 
 

@@ -119,6 +119,28 @@ class BytesPart(Part):
     wire_source: Literal["interface", "tcp_info"] = "tcp_info"
 
 
+class CompressionPart(Part):
+    """What compression saved, and what it and deltas cost both hosts in CPU time."""
+
+    kind: Literal["none", "lz4", "zstd"] = "none"
+    chunks: int = 0
+    given_up_chunks: int = 0  # of them: went as they were
+    bytes_in: int = 0
+    bytes_out: int = 0
+    cpu_seconds_source: float = 0.0
+    cpu_seconds_dest: float = 0.0
+
+
+class DeltaPart(Part):
+    """What deltas saved, before compression."""
+
+    pages: int = 0
+    bytes_saved: int = 0
+    cache_hits: int = 0
+    misses: int = 0
+    evicted: int = 0
+
+
 class IntegrityPart(Part):
     """The comparison of both hosts' memory."""
 
@@ -195,6 +217,9 @@ class Result(Part):
     decisions: list[DecisionPart] = []
     recoveries: RecoveriesPart = RecoveriesPart()
     throttle: ThrottlePart = ThrottlePart()
+    streams: int = 0  # of pages; 0 when none was opened
+    compression: CompressionPart = CompressionPart()
+    delta: DeltaPart = DeltaPart()
     predicted: PredictedPart | None = None
     account: Account | None = None  # of the bytes, layer by layer; null when nothing was counted
     legs: list[
@@ -279,6 +304,9 @@ def _build_one(record: RunRecord, judgement: Judgement) -> Result:
         faults=[],
         cpu_seconds=CpuPart.model_validate(_known(CpuPart, _fields(record, "cpu_used"))),
         own_memory=_own_memory(record),
+        streams=ended.get("streams", 0),
+        compression=_compression(record),
+        delta=DeltaPart.model_validate(_known(DeltaPart, ended.get("delta") or {})),
         predicted=_predicted(record),
         downtime_ms_estimated=ended.get("downtime_ms_estimated"),
         attempts=sum(1 for _ in record.all("migration_requested", "testbed")),
@@ -288,6 +316,14 @@ def _build_one(record: RunRecord, judgement: Judgement) -> Result:
         account=account_of(record),
         run_dir=str(record.run_dir.path),
     )
+
+
+def _compression(record: RunRecord) -> CompressionPart:
+    """The source's account, and of the destination what it took to unpack."""
+    told = dict(record.ended.fields.get("compression") or {}) if record.ended is not None else {}
+    received = record.last("pages_received", "dest")
+    told["cpu_seconds_dest"] = received.fields.get("unpack_cpu_seconds", 0.0) if received is not None else 0.0
+    return CompressionPart.model_validate(_known(CompressionPart, told))
 
 
 def rounds_of(record: RunRecord) -> list[RoundPart]:
