@@ -18,7 +18,8 @@ import socket
 import sys
 import time
 from concurrent import futures
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import grpc
 
@@ -66,21 +67,52 @@ class Stream:
         return position
 
 
-def receive_grpc(store: bool) -> None:
+class Link(NamedTuple):
+    """Where the receiver is, and the certificates of mutual TLS where it is used (ca.pem, cert.pem, key.pem)."""
+
+    address: str
+    tls_dir: Path | None
+    server_name: str
+
+    def read(self) -> list[bytes]:
+        """Authority, certificate, key."""
+        assert self.tls_dir is not None
+        return [(self.tls_dir / name).read_bytes() for name in ("ca.pem", "cert.pem", "key.pem")]
+
+    def bind(self, server: grpc.Server) -> int:
+        """A port that the machine chooses."""
+        if self.tls_dir is None:
+            return int(server.add_insecure_port(f"{self.address}:0"))
+        ca, cert, key = self.read()
+        credentials = grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=True)
+        return int(server.add_secure_port(f"{self.address}:0", credentials))
+
+    def channel(self, port: int) -> grpc.Channel:
+        """To that port."""
+        if self.tls_dir is None:
+            return grpc.insecure_channel(f"{self.address}:{port}", options=OPTIONS)
+        ca, cert, key = self.read()
+        named = [*OPTIONS, ("grpc.ssl_target_name_override", self.server_name)]
+        return grpc.secure_channel(
+            f"{self.address}:{port}", grpc.ssl_channel_credentials(ca, key, cert), options=named
+        )
+
+
+def receive_grpc(store: bool, link: Link) -> None:
     """Serve until stdin ends."""
     handler = grpc.stream_stream_rpc_method_handler(Stream(store))
     server = grpc.server(futures.ThreadPoolExecutor(2), options=OPTIONS)
     service, _, method = METHOD[1:].partition("/")
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
-    say(port=server.add_insecure_port("127.0.0.1:0"))
+    say(port=link.bind(server))
     server.start()
     sys.stdin.read()
     server.stop(None).wait()
 
 
-def receive_tcp() -> None:
+def receive_tcp(link: Link) -> None:
     """One connection after the other, until one of them sends nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server((link.address, 0)) as listener:
         say(port=listener.getsockname()[1])
         buffer = bytearray(MESSAGE_BYTES)
         while True:
@@ -102,11 +134,11 @@ def messages(total: int, message_bytes: int) -> Iterator[bytes]:
         yield pool[index % len(pool)]
 
 
-def send(transport: str, port: int, total: int, message_bytes: int) -> None:
+def send(transport: str, port: int, total: int, message_bytes: int, link: Link) -> None:
     """One transfer; the clock runs from the first message until the receiver has said that it has all."""
     prepared = list(messages(total, message_bytes))
     if transport == "tcp":
-        with socket.create_connection(("127.0.0.1", port)) as connection:
+        with socket.create_connection((link.address, port)) as connection:
             started, cpu = time.monotonic(), cpu_seconds()
             for message in prepared:
                 connection.sendall(message)
@@ -114,7 +146,7 @@ def send(transport: str, port: int, total: int, message_bytes: int) -> None:
             connection.recv(4)
             seconds = time.monotonic() - started
     else:
-        with grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
+        with link.channel(port) as channel:
             grpc.channel_ready_future(channel).result(timeout=10)
             call = channel.stream_stream(METHOD)
             started, cpu = time.monotonic(), cpu_seconds()
@@ -134,13 +166,18 @@ def main() -> None:
     sending.add_argument("port", type=int)
     sending.add_argument("--bytes", type=int, default=1 << 30)
     sending.add_argument("--message-bytes", type=int, default=MESSAGE_BYTES)
+    for one in (receiving, sending):
+        one.add_argument("--address", default="127.0.0.1", help="of the receiver")
+        one.add_argument("--tls-dir", type=Path, help="gRPC with mutual TLS: ca.pem, cert.pem, key.pem")
+        one.add_argument("--server-name", default="", help="in the receiver's certificate")
     options = parser.parse_args()
+    link = Link(options.address, options.tls_dir, options.server_name)
     if options.action == "send":
-        send(options.transport, options.port, options.bytes, options.message_bytes)
+        send(options.transport, options.port, options.bytes, options.message_bytes, link)
     elif options.kind == "tcp":
-        receive_tcp()
+        receive_tcp(link)
     else:
-        receive_grpc(options.kind == "store")
+        receive_grpc(options.kind == "store", link)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,11 @@ class Interrupt:
         self._before: dict[signal.Signals, Any] = {}
         self._listeners: list[Callable[[], None]] = []
         self._pipe = (-1, -1)
+        self._pid = 0
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        self._pid = os.getpid()
         self._pipe = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._read, name="interrupt", daemon=True)
         self._thread.start()
@@ -83,7 +85,9 @@ class Interrupt:
         self._hurried.wait(seconds)
 
     def _handle(self, _number: int, _frame: object) -> None:
-        os.write(self._pipe[1], b"!")
+        # A library may fork for its own purposes; what its child is told is not for us.
+        if os.getpid() == self._pid:
+            os.write(self._pipe[1], b"!")
 
     def _read(self) -> None:
         while os.read(self._pipe[0], 1):
