@@ -74,11 +74,6 @@ class Session:
         self._ran: Sequence[Event] = ()  # what the earlier legs' takers told
         self._oracle = OracleChain(scenario.origins, run_dir.artefact)
 
-    @property
-    def hosts(self) -> Hosts:
-        """Of the run."""
-        return self._hosts
-
     def run(self) -> None:
         """The whole way. Raises RunBrokenError or InterruptedRunError where it cannot go on."""
         self._boot()
