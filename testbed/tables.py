@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from testbed.account_table import account_table
+from testbed.course import course_lines
 from testbed.predicted import comparison_line
 from testbed.units import format_bytes, format_ms
 
@@ -109,6 +110,8 @@ def run_report(result: Result) -> RenderableType:
         f"total {format_ms(result.total_ms)}, downtime {format_ms(result.downtime_ms)}, "
         f"blackout as the guest saw it {_blackout(result)}",
     )
+    for label, line in course_lines(result):
+        facts.add_row(label, line)
     counted = result.bytes
     facts.add_row(
         "bytes",

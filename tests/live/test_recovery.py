@@ -1,12 +1,11 @@
 """A link that is cut in the middle of a real migration: it goes on where it was, or the guest is unharmed."""
 
-import pytest
-
 from migration.pages import PAGE_BYTES
 from testbed.record import load
 from tests.live.relay import Relay
-from tests.live.runs import guest_is_whole, perform, scenario
+from tests.live.runs import Bed, guest_is_whole, perform, scenario
 
+HOLD_MS = 30_000
 CHUNK_BYTES_MAX = (1 << 20) + (64 << 10)  # pages, their hashes, the head, gRPC's and HTTP/2's frames
 SLOW = ("migration.bandwidth=24MiB/s", "migration.skip=none")  # 64 MiB: time enough to be cut in the middle
 
@@ -27,12 +26,9 @@ class CutInTheMiddle:
             self.relay.heal()
 
 
-@pytest.mark.parametrize("streams", [1, 2])
-def test_a_link_that_comes_back_goes_on_without_sending_acknowledged_pages_again(
-    tmp_path, monkeypatch, streams
-):
+def test_a_link_that_comes_back_goes_on_without_sending_acknowledged_pages_again(tmp_path, monkeypatch):
     with Relay(monkeypatch) as relay:
-        chosen = scenario(*SLOW, "migration.link_timeout=20s", f"migration.streams={streams}")
+        chosen = scenario(*SLOW, "migration.link_timeout=20s", "migration.streams=2")
         run = perform(tmp_path, chosen, CutInTheMiddle(relay, heals="link_lost"))
     result, record = run.result, load(run.run_dir.path)
     assert result.outcome == "completed", result.outcome_reason
@@ -62,3 +58,32 @@ def test_a_link_that_stays_lost_cancels_and_a_retry_is_complete(tmp_path, monkey
     assert second["outcome"] == "completed"
     assert (result.outcome, result.verdict, result.attempts) == ("completed", "valid", 2), result.reasons
     guest_is_whole(run, "dest")
+
+
+def test_a_link_lost_while_the_guest_stands_still(tmp_path, monkeypatch):
+    """Cut for good before the last pages: the guest runs on. Cut behind PREPARED: Prepare is asked again."""
+    with Relay(monkeypatch) as relay, Bed(tmp_path, scenario()) as bed:
+        bed.source.arm_point("last_harvest", HOLD_MS)
+        since_ns = bed.begin(link_timeout_ms=300)
+        bed.wait("point_reached", "source", since_ns=since_ns, point="last_harvest")
+        assert bed.source.guest_status().state == "paused"
+        relay.cut()
+        bed.source.release_point("last_harvest")
+        ended = bed.wait("migration_ended", "source", since_ns=since_ns)
+        assert (ended.fields["outcome"], ended.fields["cause"]) == ("cancelled", "link")
+        bed.guest_is_back()
+
+        relay.heal()
+        bed.dest.arm_point("prepared.recorded", HOLD_MS)
+        since_ns = bed.begin(link_timeout_ms=20_000)
+        bed.wait("point_reached", "dest", since_ns=since_ns, point="prepared.recorded")
+        relay.cut()
+        lost = bed.wait("link_lost", "source", since_ns=since_ns)
+        assert lost.fields["phase"] == "PREPARING"
+        relay.heal()
+        bed.dest.release_point("prepared.recorded")
+        ended = bed.wait("migration_ended", "source", since_ns=since_ns)
+        assert ended.fields["outcome"] == "completed", ended.fields["reason"]
+        assert ended.fields["recoveries"]["count"] == 1
+        assert ended.fields["recoveries"]["resent_pages"] == 0
+        bed.check(bed.dest)
