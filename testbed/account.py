@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict
 
 from testbed.framing import (
+    CHUNK_HEADER_BYTES,
     ETHERNET_HEADER_BYTES,
     FIXED_BYTES,
     GRPC_PREFIX_BYTES,
@@ -189,22 +190,22 @@ def _stream(counts: Counts) -> tuple[list[Layer], int, list[str]]:
     """Layers down to the TCP stream, each byte once; what the bounds leave over; what they contradict."""
     problems = []
     prefixes = counts.messages * GRPC_PREFIX_BYTES
-    resent = counts.resent_pages * PAGE_BYTES
-    chunks = counts.grpc - counts.control - prefixes - counts.encoded - resent
-    sent_pages = counts.data_pages + counts.resent_pages
-    allowed = chunk_bounds(sent_pages, counts.zero_pages, counts.rounds, counts.messages)
-    # A resent page may be a zero page, of which no data goes: then this layer looks smaller by its bytes.
-    if chunks > allowed.most or chunks < allowed.least - resent - tolerated(counts.encoded):
+    beyond = counts.grpc - counts.control - prefixes - counts.encoded
+    allowed = chunk_bounds(counts.data_pages, counts.zero_pages, counts.rounds, counts.messages)
+    # A page of a lost chunk went again as data, or was zero by then, or had not been given to gRPC at all.
+    least_chunks = allowed.least + counts.messages * CHUNK_HEADER_BYTES
+    resent = min(_resent_most(counts), max(0, beyond - least_chunks))
+    chunks = beyond - resent
+    if allowed.excess(chunks) > 0 or chunks < allowed.least - tolerated(counts.encoded):
         problems.append(
             f"{counts.payload} bytes of payload make {allowed.least} to {allowed.most} bytes of page hashes, runs "
             f"and chunk headers, counted {chunks}"
         )
     stream = counts.tcp["tx_bytes"] - counts.tcp["retransmitted_bytes"]
-    # What was given to a connection before it was lost, and was sent again on the next one.
-    lost_most = counts.resent_pages * (PAGE_BYTES + PAGE_HASH_BYTES + RUN_BYTES_MAX)
-    lost = -min(lost_most, max(0, counts.grpc - stream))
-    below = stream - counts.grpc - lost
     tls = tls_bounds(counts.grpc, counts.messages) if counts.tls else None
+    # What was given to a connection before it was lost, and was sent again on the next one.
+    lost = -min(_resent_most(counts), max(0, counts.grpc + (tls.least if tls else 0) - stream))
+    below = stream - counts.grpc - lost
     tls_bytes = min(max(below, 0), tls.least) if tls is not None else 0
     http2_most = http2_bounds(counts.grpc, counts.messages).most + (tls.most - tls.least if tls else 0)
     http2 = min(max(below - tls_bytes, 0), http2_most)
@@ -212,7 +213,7 @@ def _stream(counts: Counts) -> tuple[list[Layer], int, list[str]]:
     layers = [
         Layer(name="page payload", how="counted", forward_bytes=counts.payload),
         Layer(name="compression", how="counted", forward_bytes=counts.encoded - counts.payload),
-        Layer(name="pages sent again after a loss", how="counted", forward_bytes=resent),
+        Layer(name="pages sent again after a loss", how="rest", forward_bytes=resent),
         Layer(name="protobuf: page hashes, runs, chunk headers", how="counted", forward_bytes=chunks),
         Layer(name="protobuf: control calls", how="counted", forward_bytes=counts.control),
         Layer(name="gRPC: message prefixes", how="modelled", forward_bytes=prefixes),
@@ -241,7 +242,8 @@ def _below_tcp(counts: Counts, interface: Mapping[str, Any]) -> tuple[list[Layer
     left_back = interface["rx_bytes"] - counts.tcp["rx_bytes"] - rx_packets * framing - others[1]
     # While something is missing acknowledgements name what is there, and the peer repeats itself, too.
     sack_most = rx_packets * SACK_BYTES_MAX if counts.tcp["retransmitted_bytes"] else 0
-    sack = min(max(left_back, 0), sack_most)
+    returned = _returned(counts, left_back, interface["rx_bytes"])
+    sack = min(max(left_back - returned, 0), sack_most)
     layers = [
         Layer(name="TCP: sent again", how="counted", forward_bytes=again),
         Layer(
@@ -256,6 +258,7 @@ def _below_tcp(counts: Counts, interface: Mapping[str, Any]) -> tuple[list[Layer
             forward_bytes=tx_packets * ETHERNET_HEADER_BYTES,
             backward_bytes=rx_packets * ETHERNET_HEADER_BYTES,
         ),
+        Layer(name="frames that a bridge sent back", how="rest", backward_bytes=returned),
         Layer(
             name="other connections of the host",
             how="counted",
@@ -263,7 +266,27 @@ def _below_tcp(counts: Counts, interface: Mapping[str, Any]) -> tuple[list[Layer
             backward_bytes=others[1],
         ),
     ]
-    return layers, left - again, left_back - sack
+    return layers, left - again, left_back - sack - returned
+
+
+def _resent_most(counts: Counts) -> int:
+    """Bytes of the messages with pages that went again because a connection was lost."""
+    return counts.resent_pages * (PAGE_BYTES + PAGE_HASH_BYTES + RUN_BYTES_MAX)
+
+
+def _returned(counts: Counts, left_back: int, received: int) -> int:
+    """Own frames that came back: a bridge that has lost a host sends what is for it to every port.
+
+    At most as many as were lost, and as many as the destination did not send itself, where it counts.
+    """
+    sent = counts.dest["tx_bytes"] if counts.dest else received - left_back
+    surplus = received - sent
+    return min(surplus, _lost_on_the_way(counts)) if surplus > tolerated(sent) else 0
+
+
+def _lost_on_the_way(counts: Counts) -> int:
+    """At most so many bytes left one host and did not reach the other: they were sent again, by TCP or by us."""
+    return int((counts.tcp["retransmitted_bytes"] + _resent_most(counts)) * (1 + TOLERANCE))
 
 
 def _on_a_cable(counts: Counts) -> int:
@@ -283,17 +306,17 @@ def _link_problems(account: Account, promised: object, counts: Counts) -> Iterat
         largest = int(interface.get("mtu_bytes", 0)) + ETHERNET_HEADER_BYTES
         if largest > ETHERNET_HEADER_BYTES and mean > largest:
             yield f"a packet has {mean:.0f} bytes on average and at most {largest} fit without offload"
-    yield from _end_problems(account)
+    yield from _end_problems(account, _lost_on_the_way(counts))
 
 
-def _end_problems(account: Account) -> Iterator[str]:
+def _end_problems(account: Account, lost_most: int) -> Iterator[str]:
     """What one end sent the other received, but for what was lost on the way and sent again."""
     if account.dest_received_bytes is None or account.dest_sent_bytes is None:
         return
-    lost_most = account.retransmitted_bytes * (1 + TOLERANCE) + FIXED_BYTES
+    returned = sum(layer.backward_bytes for layer in account.layers if layer.name.startswith("frames that"))
     pairs = (
         ("to", account.wire_forward_bytes, account.dest_received_bytes),
-        ("from", account.dest_sent_bytes, account.wire_backward_bytes),
+        ("from", account.dest_sent_bytes, account.wire_backward_bytes - returned),
     )
     for way, sent, received in pairs:
         missing, most = sent - received, tolerated(sent)
