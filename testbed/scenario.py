@@ -126,7 +126,8 @@ class Build(Model):
     objects: Annotated[int, Field(ge=1, le=65_536)] = 64
     headers: Annotated[Bytes, Field(ge=PAGE_BYTES)] = 64 << 20  # read by every compiler, never written
     passes: Annotated[int, Field(ge=1, le=200)] = 2  # over the arena, after it was filled
-    rate: PagesPerSecond = 20_000  # pages of progress, of all compilers together
+    reads: Annotated[int, Field(ge=1, le=1000)] = 8  # pages of the headers, for each page of progress
+    rate: PagesPerSecond = 10_000  # pages of progress, of all compilers together
 
     def kept_bytes(self, memory_bytes: int) -> int:
         """Arenas, headers, and one object more than there are: it is written before the old one goes."""

@@ -2,8 +2,8 @@
 
 Rule 1: `jobs` compilers take turns. A unit of work of one of them is: fill its arena, rewrite it `passes` times,
         write one object file into the page cache, free the arena at once. The object replaces the one of the same
-        number, whose pages are freed. For each page that a compiler writes it reads one of the headers, which are
-        in the page cache and never change.
+        number, whose pages are freed. For each page that a compiler writes it reads `reads` pages of the headers,
+        which are in the page cache and never change: that stands for what a compiler computes.
 Rule 2: progress is counted in pages and paced by `rate`; where a unit stands follows from one number, so the
         registers and the oracle hold one number a compiler.
 Rule 3: content follows from (seed, unit, page, pass), or (seed, object, version, page). All of it is checked: the
@@ -21,7 +21,7 @@ from guest_agent.errors import OutOfMemory, RestoreError, WorkloadError
 from guest_agent.frames import FrameKind
 from guest_agent.oracle import VALUE_KIND_FIRST, Expectations
 from guest_agent.workloads.base import Guest, Pacer, Workload, problem_line, register_integer
-from guest_agent.workloads.content import PageContent, chunks_of, stream_key
+from guest_agent.workloads.content import CHUNK_PAGES, PageContent, chunks_of, stream_key
 from guest_agent.workloads.options import Options
 
 KIND_OBJECT_VERSION: Final = 0  # per object: how often it was written
@@ -33,7 +33,8 @@ OBJECT_DEFAULT: Final = 512 << 10
 OBJECTS_DEFAULT: Final = 64
 HEADERS_DEFAULT: Final = 64 << 20
 PASSES_DEFAULT: Final = 2
-RATE_DEFAULT: Final = 20_000.0
+READS_DEFAULT: Final = 8
+RATE_DEFAULT: Final = 10_000.0
 _HEADERS: Final = 1 << 30
 _ARENAS: Final = 1 << 31
 _PASSES_MAX: Final = 200
@@ -43,7 +44,7 @@ _PROGRESS_MASK: Final = (1 << 32) - 1
 
 
 class Build(Workload):
-    """Options: jobs, arena (bytes each), object (bytes), objects (how many), headers (bytes), passes, rate.
+    """Options: jobs, arena (bytes each), object (bytes), objects (how many), headers (bytes), passes, reads, rate.
 
     The rate is in pages a second. Operations are pages of progress: a unit has arena * (1 + passes) of them.
     """
@@ -58,6 +59,7 @@ class Build(Workload):
         self._objects = options.count("objects", OBJECTS_DEFAULT)
         self._header_pages = _pages(options.size("headers", HEADERS_DEFAULT))
         self._passes = options.count("passes", PASSES_DEFAULT)
+        self._reads = options.count("reads", READS_DEFAULT)
         self._rate = options.rate("rate", RATE_DEFAULT)
         if self._passes > _PASSES_MAX:
             raise WorkloadError(f"workload {name}: passes: {self._passes} is more than {_PASSES_MAX}")
@@ -156,9 +158,14 @@ class Build(Workload):
 
     def _read_headers(self, count: int) -> int:
         """A compiler reads on in the headers, from where the last one stopped; a checksum, as a reader would."""
-        at = self.operations % self._header_pages
-        pfns = np.take(self._header_pfns, np.arange(at, at + count), mode="wrap")
-        return int(np.bitwise_xor.reduce(self._guest.ram.words[pfns, 0]))
+        words, checksum = self._guest.ram.words, 0
+        first = self.operations * self._reads
+        for at in range(
+            first, first + count * self._reads, CHUNK_PAGES
+        ):  # a MiB at a time, as page content is
+            places = np.arange(at, min(at + CHUNK_PAGES, first + count * self._reads)) % self._header_pages
+            checksum ^= int(np.bitwise_xor.reduce(words[self._header_pfns[places]], axis=None))
+        return checksum
 
     def _arena_pages_of(self, unit: int, at: int, count: int, version: int) -> U64Array:
         pages = np.arange(at, at + count, dtype=np.uint64) << _PAGE_SHIFT

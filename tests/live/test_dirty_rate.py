@@ -35,7 +35,7 @@ def measured(tmp_path_factory):
 
     def drive(session):
         replies.append(session.measure_dirty_rate(50, 3))
-        hosts = session._hosts
+        hosts = session.hosts
 
         def during(event):
             if event.name == "round_started" and not refusals:
@@ -45,7 +45,7 @@ def measured(tmp_path_factory):
                     return
                 refusals.append("refused")
 
-        session._history.subscribe(during)
+        session.history.subscribe(during)
         session.run()
 
     with Interrupt() as interrupt:
