@@ -61,8 +61,6 @@ class Session:
         history: History,
         interrupt: Interrupt,
     ) -> None:
-        self.hosts = hosts  # public for whoever looks at a session from outside: benchmarks, tests
-        self.history = history
         self._scenario = scenario
         self._migration = migration
         self._hosts = hosts
