@@ -1,7 +1,7 @@
 """Faults that need a process: chosen packets go to a packet handler beside the host (packet_handler.py).
 
-Rule 1: the handler holds its queue before the first rule sends a packet there, and the rules are gone before it
-        is asked to let go of what it has.
+Rule 1: the handler holds its queue before the first rule sends a packet there, and has let go of all it has before
+        the rules are removed: the kernel drops what is queued in a namespace when a chain is taken out of it.
 Rule 2: a handler is known by its process id and the instant of its start, so that nobody else is ever ended.
 """
 
@@ -82,10 +82,10 @@ def heal_handlers(undo: Undo) -> dict[str, Any]:
     """Deletes the tables, ends the handlers; how many packets went through them."""
     packets = 0
     for entry in undo["handlers"]:
+        _end(entry["handler"], entry["started"])
         if is_same_network(entry["pid"], entry["inode"]) and nft.has_table(entry["pid"], entry["table"]):
             packets += nft.counted_packets(entry["pid"], entry["table"])
             nft.delete_table(entry["pid"], entry["table"])
-        _end(entry["handler"], entry["started"])
     return {"packets": packets}
 
 

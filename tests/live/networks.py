@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,10 @@ class Side:
         """What `action` returns, called inside."""
         return in_namespace(namespace_of(self.pid), action)
 
+    def read(self, name):
+        """A file of /proc/net, as it is inside."""
+        return self.inside(Path("/proc/thread-self/net", name).read_text)
+
     def udp(self):
         """A bound UDP socket inside, with room for a test's packets."""
         opened = self.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
@@ -69,9 +74,9 @@ class Side:
             "qdiscs": self.run("tc", "qdisc", "show"),
             "rules": self.run("nft", "list", "ruleset"),
             "links": self.run("ip", "-o", "link"),
-            "addresses": self.run("ip", "-o", "addr"),
+            "addresses": self.run("ip", "-4", "-o", "addr"),
             "routes": self.run("ip", "route"),
-            "queues": self.inside(lambda: open("/proc/thread-self/net/netfilter/nfnetlink_queue").read()),  # noqa: PTH123
+            "queues": self.read("netfilter/nfnetlink_queue"),
         }
 
 
@@ -93,6 +98,9 @@ def pair():
         sides = Side(a.pid, "bla", "198.18.255.1"), Side(b.pid, "blb", "198.18.255.2")
         for side in sides:
             side.run("ip", "addr", "add", f"{side.address}/30", "dev", side.interface)
+            side.run(
+                "ip", "link", "set", side.interface, "addrgenmode", "none"
+            )  # no IPv6: it comes by and by
             side.run("ip", "link", "set", side.interface, "up")
             side.run("ip", "link", "set", "lo", "up")
         yield sides
