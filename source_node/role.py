@@ -119,7 +119,7 @@ class SourceRole:
             skip=Skip.NONE,
             tracker="",
             tracker_reason="taken up after a restart",
-            integrity="stream",
+            integrity="full",  # the guest's RAM is here and stands still: a judge may have its hashes
             hint_wait_ms=0,
             limits=Limits(),
         )

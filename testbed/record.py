@@ -51,6 +51,18 @@ class RunRecord:
         return max(self.all(name, origin), key=lambda event: event.at_ns, default=None)
 
     @property
+    def sender_was_killed(self) -> bool:
+        """Whether a fault of the scenario killed the source's node on the way: its counters died with it."""
+        ended = self.ended
+        return any(
+            event.fields["kind"] == "kill"
+            and event.fields["host"] == "source"
+            and event.fields["parameters"]["what"] in ("source_node", "container")
+            and (ended is None or event.at_ns < ended.at_ns)
+            for event in self.all("fault_applied", "testbed")
+        )
+
+    @property
     def ended(self) -> Event | None:
         """The source's account of the migration, if it gave one."""
         return self.last("migration_ended", "source")

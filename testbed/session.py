@@ -185,7 +185,7 @@ class Session:
             self._unless_interrupted()
             self._history.note("migration_retried", attempt=attempt + 1, reason=ended.fields["reason"])
         after = self._cpu_seconds()
-        self._history.note("cpu_used", **{part: after[part] - before[part] for part in before})
+        self._history.note("cpu_used", **{part: max(0.0, after[part] - before[part]) for part in before})
         return ended
 
     def _make_attempt(self, leg: Leg, migration: str, attempt: int) -> Event:

@@ -74,7 +74,8 @@ def _sums(rounds: list[Mapping[str, Any]], pages: int) -> Iterator[str]:
 
 
 def _payload(rounds: list[Mapping[str, Any]], record: RunRecord) -> Iterator[str]:
-    if not record.verified or record.ended is None:  # a round that was cut short has no end and no figures
+    # A round that was cut short has no end and no figures, and a process that was killed has no sums.
+    if not record.verified or record.ended is None or record.sender_was_killed:
         return
     total, told = sum(entry["payload_bytes"] for entry in rounds), record.ended.fields["bytes"]["payload"]
     if total != told:

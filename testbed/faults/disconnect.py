@@ -23,7 +23,11 @@ class Disconnect(Fault):
 
     kind: Literal["disconnect"]
     scope: ClassVar[Scope] = "container"
-    rebuilds_network: ClassVar[bool] = True
+
+    @property
+    def rebuilds_network(self) -> bool:
+        """The interface is a new one."""
+        return True
 
     def apply(self, target: Target) -> Undo:
         """Takes it off."""

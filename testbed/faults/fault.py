@@ -102,7 +102,22 @@ class Fault(Model):
     host: Literal["source", "dest", "third"] | None = None
 
     scope: ClassVar[Scope]
-    rebuilds_network: ClassVar[bool] = False  # afterwards the host has a new interface, or a new namespace
+    heals_at_the_end: ClassVar[bool] = True  # whether a run that ends has any use for its healer
+
+    @property
+    def rebuilds_network(self) -> bool:
+        """Whether the host has a new interface, or a new namespace, when it is healed."""
+        return False
+
+    @property
+    def restarts(self) -> str:
+        """The process that ends and is started again ("source-node"); "" where none is."""
+        return ""
+
+    @property
+    def needs_containers(self) -> bool:
+        """Whether hosts that are processes of this machine cannot have it."""
+        return self.scope != "process"
 
     @property
     def origin(self) -> Origin:

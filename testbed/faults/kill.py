@@ -6,7 +6,7 @@ again is an empty standby: the guest was in the one that died. So is a container
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from testbed.faults.victims import VictimFault, container_of, process_of
 
@@ -23,12 +23,26 @@ class Kill(VictimFault):
 
     kind: Literal["kill"]
     restart: bool = False
+    heals_at_the_end: ClassVar[bool] = False  # a run that ends starts nothing again
+
+    @property
+    def rebuilds_network(self) -> bool:
+        """A container's namespace ends with it."""
+        return self.what == "container"
+
+    @property
+    def restarts(self) -> str:
+        """What is started again."""
+        names = {"guest_agent": f"{self.origin}-agent", "container": f"{self.origin}-node"}
+        return names.get(self.what, f"{self.origin}-node") if self.restart else ""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """The dead stay dead unless they are started again."""
         yield from super().conflicts()
         if self.lasting_ms is not None and not self.restart:
             yield "for", "means nothing without restart = true: what was killed stays dead"
+        if self.restart and self.lasting_ms is None:
+            yield "for", "is missing: it says for how long it stays dead before it is started again"
 
     def apply(self, target: Target) -> Undo:
         """Kills it and waits for its end."""

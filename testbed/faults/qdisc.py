@@ -5,13 +5,14 @@ Rule 1: our bucket is known by its handle; an interface with another queueing di
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from testbed.faults.errors import FaultError
+from testbed.faults.errors import FaultError, OffNetworkError
 from testbed.faults.namespace import in_namespace, namespace_of
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def restore(pid: int, address: str, before: Bucket | None) -> None:
         else:
             netlink.tc("change", "tbf", interface, HANDLE, root=True, **_parameters(before))
 
-    _with_interface(pid, address, set_back)
+    with contextlib.suppress(OffNetworkError):  # its interface is gone, and our bucket with it
+        _with_interface(pid, address, set_back)
 
 
 def interface_of(netlink: Any, address: str) -> int:
@@ -69,7 +71,7 @@ def interface_of(netlink: Any, address: str) -> int:
     for entry in netlink.get_addr(family=2):
         if entry.get_attr("IFA_LOCAL") == address or entry.get_attr("IFA_ADDRESS") == address:
             return int(entry["index"])
-    raise FaultError(f"no interface of the host has the address {address}: it is off the network")
+    raise OffNetworkError(f"no interface of the host has the address {address}: it is off the network")
 
 
 def _with_interface(pid: int, address: str, action: Callable[[Any, int], Answer]) -> Answer:

@@ -32,6 +32,11 @@ class VictimFault(Fault):
         """The host that it happens to; a guest is at the source at first."""
         return NODES.get(self.what) or self.host or ("source" if self.what == "guest_agent" else "dest")
 
+    @property
+    def needs_containers(self) -> bool:
+        """Processes can be had everywhere."""
+        return self.what == "container"
+
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """A node has a host already."""
         if self.what in NODES and self.host not in (None, NODES[self.what]):
