@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from testbed import container_checkups, machine
 from testbed.checkup import Checkup
+from testbed.faults import probing
 from testbed.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 DEMO_BYTES: Final = 2 * (1 << 30) + machine.PROCESSES_BYTES
 PAGEMAP_SCAN_KERNEL: Final = (6, 7)
@@ -34,6 +35,7 @@ def examine() -> list[Checkup]:
         _linux_guest(),
         _freezer(),
         *container_checkups.examine(),
+        *_faults(),
     ]
 
 
@@ -50,6 +52,20 @@ def to_dict(checkups: Sequence[Checkup]) -> dict[str, Any]:
         "machine": machine.facts(),
         "checks": [asdict(checkup) for checkup in checkups],
     }
+
+
+def _faults() -> Iterator[Checkup]:
+    """What the faults between hosts in containers need."""
+    for capability, needed_for in probing.NEEDED_FOR.items():
+        reason = probing.lacks(capability)
+        yield Checkup(
+            f"network faults: {capability}",
+            ok=not reason,
+            required=False,
+            found=reason or "worked in a network namespace of its own",
+            needed_for=needed_for,
+            remedy="as root: apt-get install nftables util-linux; kernel options are in docs/faults",
+        )
 
 
 def _python() -> Checkup:

@@ -108,7 +108,7 @@ def _view(
     leg = record.scenario.leg[number - 1]
     # A leg that was made by hand says itself what was expected of it.
     expect = start.fields.get("expect") or (record.scenario.expect if after is None else "completed")
-    scenario = record.scenario.model_copy(update={"migration": leg, "leg": (), "expect": expect})
+    scenario = record.scenario.model_copy(update={"migration": leg, "leg": (), "fault": (), "expect": expect})
     beats = {str(role): _within(record.beats[host], begins_ns, ends_ns) for host, role in roles.items()}
     return LegRecord(
         run_dir=record.run_dir,

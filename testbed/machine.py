@@ -69,6 +69,7 @@ def lacks(scenario: Scenario) -> Iterator[str]:
         yield f"guest memory and sockets need Linux, this is {sys.platform}"
         return
     needed, available = needed_bytes(scenario), available_bytes()
+    yield from _lacks_for_faults(scenario)
     if scenario.hosts.kind == "docker":
         from testbed.hosts import docker_machine  # noqa: PLC0415 - the SDK is slow to import
 
@@ -93,6 +94,18 @@ def lacks(scenario: Scenario) -> Iterator[str]:
                 f"tracking the guest's writes in the kernel: {reason}; it needs Linux 6.7, or use "
                 "migration.tracker = 'hash' with skip = 'none' or 'zero'"
             )
+
+
+def _lacks_for_faults(scenario: Scenario) -> Iterator[str]:
+    wanted = {fault.kind: fault for fault in (*scenario.link.faults(), *scenario.fault)}
+    for kind, fault in wanted.items():
+        if reason := fault.lacks():
+            yield f"the fault {kind}: {reason}"
+    if not scenario.link.offload:
+        from testbed.faults import probing  # noqa: PLC0415 - only for such scenarios
+
+        if reason := probing.lacks("offload"):
+            yield f"link.offload: {reason}"
 
 
 def _lacks_for_linux(scenario: Scenario) -> Iterator[str]:

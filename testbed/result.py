@@ -151,9 +151,12 @@ class IntegrityPart(Part):
 
 
 class FaultPart(Part):
-    """A fault that was applied; healed_at_ms is null when it never was."""
+    """A fault that was applied, since the request to migrate; healed_at_ms is null when it never was."""
 
     kind: str
+    host: str = ""
+    at: str = ""
+    packets: int | None = None  # that it harmed, where they were counted
     applied_at_ms: float
     healed_at_ms: float | None
 
@@ -301,7 +304,7 @@ def _build_one(record: RunRecord, judgement: Judgement) -> Result:
         balloon=balloon_of(record),
         bytes=BytesPart.model_validate(_known(BytesPart, ended.get("bytes") or {})),
         integrity=IntegrityPart.model_validate(_known(IntegrityPart, integrity)),
-        faults=[],
+        faults=faults_of(record),
         cpu_seconds=CpuPart.model_validate(_known(CpuPart, _fields(record, "cpu_used"))),
         own_memory=_own_memory(record),
         streams=ended.get("streams", 0),
@@ -350,6 +353,25 @@ def balloon_of(record: RunRecord) -> BalloonPart:
     )
 
 
+def faults_of(record: RunRecord) -> list[FaultPart]:
+    """The faults that came, in the order in which they did."""
+    requested = next(iter(record.all("migration_requested", "testbed")), None)
+    since_ns = requested.at_ns if requested is not None else 0
+    healed = {event.fields["fault"]: event for event in record.all("fault_healed", "testbed")}
+    return [
+        FaultPart(
+            kind=event.fields["kind"],
+            host=event.fields["host"],
+            at=event.fields["at"],
+            applied_at_ms=(event.at_ns - since_ns) / 1e6,
+            healed_at_ms=(end.at_ns - since_ns) / 1e6 if end is not None else None,
+            packets=end.fields.get("packets") if end is not None else None,
+        )
+        for event in record.all("fault_applied", "testbed")
+        for end in (healed.get(event.fields["fault"]),)
+    ]
+
+
 def engine_facts(record: RunRecord) -> dict[str, Any]:
     """What ran, on what: versions, machine, and what the source chose."""
     ended = record.ended.fields if record.ended is not None else {}
@@ -361,6 +383,7 @@ def engine_facts(record: RunRecord) -> dict[str, Any]:
         "hosts": record.scenario.hosts.kind,
         "skip": record.scenario.migration.skip,
         "integrity": record.scenario.migration.integrity,
+        **({"link": record.scenario.link.facts()} if record.scenario.link.shaped else {}),
         **{key: chosen[key] for key in ("tracker", "tracker_reason", "hint_rule") if key in chosen},
         **ended.get("engine", {}),
     }

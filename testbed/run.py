@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from testbed import machine
 from testbed.checkers import Judgement, judge
 from testbed.errors import InterruptedRunError, RunBrokenError, TestbedError
+from testbed.faults.schedule import Schedule
 from testbed.history import History
 from testbed.hosts.opening import open_hosts
 from testbed.hosts.runtime_dir import RuntimeDir
@@ -130,6 +131,7 @@ def _drive(
                 scenario, run_id, run_dir=run_dir, runtime=runtime, history=history, interrupt=interrupt
             ) as hosts,
             outside_witness(hosts, history),
+            Schedule(scenario, run_id, hosts=hosts, history=history),
         ):
             drive(
                 Session(

@@ -12,9 +12,11 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from testbed.balloon_keys import Balloon, balloon_conflicts
+from testbed.fault_keys import FAULTS_MAX, AnyFault, fault_conflicts
 from testbed.history import Origin
 from testbed.host_keys import Hosts
 from testbed.leg_keys import LEGS_MAX, ORIGINS, Leg, leg_conflicts, with_migration_keys
+from testbed.link_keys import Link, link_conflicts
 from testbed.linux_keys import Marker, Rewriter, kind_conflicts, linux_conflicts
 from testbed.migration_keys import Migration, migration_conflicts
 from testbed.scenario_model import Model
@@ -192,6 +194,8 @@ class Scenario(Model):
     migration: Migration = Migration()
     leg: Annotated[tuple[Leg, ...], Field(strict=False, max_length=LEGS_MAX)] = ()  # see `legs`
     hosts: Hosts = Hosts()
+    link: Link = Link()
+    fault: Annotated[tuple[AnyFault, ...], Field(strict=False, max_length=FAULTS_MAX)] = ()
     run: Run = Run()
 
     @model_validator(mode="before")
@@ -217,7 +221,8 @@ class Scenario(Model):
 
 
 SECTIONS: Final[dict[str, type[Model]]] = {
-    "guest": Guest, "balloon": Balloon, "migration": Migration, "leg": Leg, "hosts": Hosts, "run": Run,
+    "guest": Guest, "balloon": Balloon, "migration": Migration, "leg": Leg, "hosts": Hosts,
+    "link": Link, "run": Run,
 }  # fmt: skip
 
 
@@ -262,6 +267,12 @@ def conflicts_of_legs(scenario: Scenario) -> Iterator[tuple[str, str]]:
         for path, problem in conflicts(None, scenario.balloon, leg, scenario.expect):
             if (path, problem) not in known and path.startswith("migration."):
                 yield f"leg.{index}.{path.removeprefix('migration.')}", problem
+
+
+def conflicts_of_faults(scenario: Scenario) -> Iterator[tuple[str, str]]:
+    """What is wrong with the link and the faults of a scenario that is right otherwise, as (path, problem)."""
+    yield from link_conflicts(scenario.link, scenario.hosts.kind)
+    yield from fault_conflicts(scenario.fault, scenario.hosts.kind, scenario.origins)
 
 
 def _memory_conflicts(guest: Guest) -> Iterator[tuple[str, str]]:

@@ -17,9 +17,18 @@ from pydantic_core import ErrorDetails
 
 from testbed.balloon_keys import Balloon
 from testbed.errors import UsageError
+from testbed.fault_keys import KINDS
 from testbed.host_keys import host_conflicts
 from testbed.migration_keys import CHECKED_KEYS, Migration
-from testbed.scenario import SECTIONS, WORKLOADS, Guest, Scenario, conflicts, conflicts_of_legs
+from testbed.scenario import (
+    SECTIONS,
+    WORKLOADS,
+    Guest,
+    Scenario,
+    conflicts,
+    conflicts_of_faults,
+    conflicts_of_legs,
+)
 from testbed.scenario_model import Model
 
 SomeModel = TypeVar("SomeModel", bound=Model)
@@ -92,6 +101,7 @@ def validate(document: Mapping[str, Any]) -> tuple[Scenario | None, list[str]]:
     if scenario is not None:
         more = (
             *conflicts_of_legs(scenario),
+            *conflicts_of_faults(scenario),
             *host_conflicts(scenario.hosts, scenario.guest.kind, scenario.guest.memory),
         )
         problems += [f"{path}: {problem}" for path, problem in more]
@@ -178,10 +188,12 @@ def _explain(error: ErrorDetails) -> str:
     """One pydantic error as a line for people: `path: what is wrong`."""
     location = list(error["loc"])
     # A tagged union adds the tag to the path; a reader looks for the key as it stands in the file.
-    tagged = location[:2] == ["guest", "workload"] and len(location) > 3
-    tag = str(location.pop(3)) if tagged else None
+    of_fault = location[:1] == ["fault"]
+    at = 2 if of_fault else 3
+    tagged = (of_fault or location[:2] == ["guest", "workload"]) and len(location) > at
+    tag = str(location.pop(at)) if tagged else None
     if error["type"].startswith("union_tag"):
-        location.append("name")
+        location.append("kind" if of_fault else "name")
     path = ".".join(str(part) for part in location) or "scenario"
     if error["type"] == "extra_forbidden":
         return f"{path}: {_unknown_key(location, tag)}"
@@ -194,10 +206,10 @@ def _problem(error: ErrorDetails) -> str:
         case "missing":
             return "is missing"
         case "union_tag_not_found":
-            text = f"is missing; one of {', '.join(WORKLOADS)}"
+            text = f"is missing; one of {_tags(error)}"
         case "union_tag_invalid":
-            name = value.get("name") if isinstance(value, Mapping) else value
-            text = f"{name!r} is no workload; one of {', '.join(WORKLOADS)}"
+            what = "fault" if error["loc"][0] == "fault" else "workload"
+            text = f"{error['ctx']['tag']!r} is no {what}; one of {_tags(error)}"
         case "literal_error":
             text = f"{value!r} is not one of {error['ctx']['expected']}"
         case "value_error":
@@ -211,13 +223,17 @@ def _problem(error: ErrorDetails) -> str:
     return text
 
 
+def _tags(error: ErrorDetails) -> str:
+    return ", ".join(KINDS if error["loc"][0] == "fault" else WORKLOADS)
+
+
 def _unknown_key(location: Sequence[str | int], tag: str | None) -> str:
     model: type[Model] = Scenario
     if tag is not None:
-        model = WORKLOADS[tag]
+        model = KINDS[tag] if location[0] == "fault" else WORKLOADS[tag]
     elif len(location) > 1:
         model = SECTIONS.get(str(location[0]), Scenario)
-    known = list(model.model_fields)
+    known = [field.alias or name for name, field in model.model_fields.items()]
     close = get_close_matches(str(location[-1]), known, n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
     return f"unknown key; {hint}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from testbed.decided import worth_another_attempt
 from testbed.errors import InterruptedRunError, RunBrokenError
+from testbed.fault_keys import restarted
 from testbed.leg_keys import ORIGINS
 from testbed.leg_views import OracleChain, artefact_name
 from testbed.migration_keys import migrate_request
@@ -67,6 +68,7 @@ class Session:
         self._run_dir = run_dir
         self._history = history
         self._interrupt = interrupt
+        self._restarted = restarted(scenario.fault)  # by faults that kill: their end is no reason to give up
         self._gib = scenario.guest.memory / 2**30
         self._giver: Host = hosts.source
         self._taker: Host = hosts.dest
@@ -345,7 +347,10 @@ class Session:
                 return True
             if event.name == "process_ended":
                 process = event.fields["process"]
-                return process in needs and not self._is_back(process)
+                comes_back = process in self._restarted or self._is_back(process)
+                return process in needs and not comes_back
+            if event.name == "fault_failed":
+                return True
             return self._interrupt.hurried if cancelled else event.name == "interrupted"
 
         event = self._history.wait_for(stops, timeout_s)
@@ -355,6 +360,8 @@ class Session:
             return event
         if event.name == "process_ended":
             raise RunBrokenError(_obituary(event))
+        if event.name == "fault_failed":
+            raise RunBrokenError(str(event.fields["reason"]))
         raise InterruptedRunError(f"interrupted while waiting for {what}")
 
     def _is_back(self, process: str) -> bool:

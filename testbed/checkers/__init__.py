@@ -12,7 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from testbed.checkers import byte_count, expectation, ledger, legs, marker, memory, oracle, owner, rounds
+from testbed.checkers import (
+    byte_count,
+    expectation,
+    faults,
+    ledger,
+    legs,
+    marker,
+    memory,
+    oracle,
+    owner,
+    rounds,
+)
 from testbed.leg_views import legs_of
 from testbed.verdict import Finding, Verdict, unknown, worst
 
@@ -28,6 +39,7 @@ CHECKERS: Final[Mapping[str, Callable[[RunRecord], Finding]]] = {
     "ledger": ledger.check,
     "marker": marker.check,
     "rounds": rounds.check,
+    "faults": faults.check,
     "bytes": byte_count.check,
     "expectation": expectation.check,
 }
@@ -80,6 +92,7 @@ def judge(record: RunRecord, checkers: Mapping[str, Callable[[RunRecord], Findin
         for name, finding in one.findings.items()
     }
     findings["owners"] = _safely(owner.check_chain, record)
+    findings["faults"] = _safely(faults.check, record)
     findings["legs"] = _safely(legs.check, record)
     return Judgement(worst(finding.verdict for finding in findings.values()), findings, legs=judged)
 

@@ -1,7 +1,7 @@
 """Did every fault that the scenario orders come, when it was ordered?
 
-Rule 1: a run whose fault never came, or could not be brought into force or healed, shows nothing about that fault: its
-        verdict is unknown.
+Rule 1: a run whose fault never came, or could not be brought into force or healed, shows nothing about that fault:
+        its verdict is unknown.
 Rule 2: a node that waited in vain at a point, and went on by itself, was not where the schedule says.
 """
 
@@ -20,9 +20,11 @@ def check(record: RunRecord) -> Finding:
     applied = {int(event.fields["fault"]) for event in record.all("fault_applied")}
     reasons = [str(event.fields["reason"]) for event in record.all("fault_failed")]
     failed = {int(event.fields["fault"]) for event in record.all("fault_failed")}
-    for number, fault in enumerate(record.scenario.fault):
-        if number not in applied | failed:
-            reasons.append(f"the fault {fault.kind} (fault.{number}) never came: nothing was at '{fault.at}'")
+    reasons += [
+        f"the fault {fault.kind} (fault.{number}) never came: nothing was at '{fault.at}'"
+        for number, fault in enumerate(record.scenario.fault)
+        if number not in applied | failed
+    ]
     for event in record.all("point_released"):
         if "nobody came" in str(event.fields["why"]) and record.scenario.fault:
             reasons.append(f"the {event.origin} went on from '{event.fields['point']}' without its fault")

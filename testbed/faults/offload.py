@@ -12,8 +12,6 @@ import socket
 import struct
 from typing import Final
 
-from pyroute2 import IPRoute
-
 from testbed.faults.errors import FaultError
 from testbed.faults.namespace import in_namespace, namespace_of
 from testbed.faults.qdisc import interface_of
@@ -34,7 +32,18 @@ def write(pid: int, address: str, wanted: dict[str, bool]) -> dict[str, bool]:
     return _in_interface(pid, address, wanted)
 
 
+def is_there(pid: int, address: str) -> bool:
+    """Whether the interface still is."""
+    try:
+        read(pid, address)
+    except FaultError:
+        return False
+    return True
+
+
 def _in_interface(pid: int, address: str, wanted: dict[str, bool] | None) -> dict[str, bool]:
+    from pyroute2 import IPRoute  # noqa: PLC0415 - slow to import
+
     def inside() -> dict[str, bool]:
         with IPRoute() as netlink:
             name = socket.if_indextoname(interface_of(netlink, address))

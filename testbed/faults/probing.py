@@ -90,6 +90,12 @@ def _offload() -> None:
     offload.read(os.getpid(), LOOPBACK)
 
 
+NEEDED_FOR: Final[dict[Capability, str]] = {
+    "rules": "the faults partition, loss and reset; link.loss",
+    "rate": "the fault rate; link.rate",
+    "queues": "the faults delay, reorder, duplicate and corrupt; link.delay",
+    "offload": "link.offload = false",
+}
 PROBES: Final[dict[Capability, Callable[[], None]]] = {
     "rules": _rules, "rate": _rate, "queues": _queues, "offload": _offload,
 }  # fmt: skip

@@ -9,9 +9,6 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
 from testbed.faults.errors import FaultError, OffNetworkError
 from testbed.faults.namespace import in_namespace, namespace_of
 
@@ -75,6 +72,9 @@ def interface_of(netlink: Any, address: str) -> int:
 
 
 def _with_interface(pid: int, address: str, action: Callable[[Any, int], Answer]) -> Answer:
+    from pyroute2 import IPRoute  # noqa: PLC0415 - slow to import, and every scenario loads this module
+    from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
+
     def inside() -> Answer:
         with IPRoute() as netlink:
             return action(netlink, interface_of(netlink, address))

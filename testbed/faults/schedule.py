@@ -1,7 +1,7 @@
 """The faults of one run: each brought into force at its moment, healed when its time is over or the run ends.
 
-Rule 1: a moment is an event of the history; a node that comes to the point of a fault waits there until the fault is
-        in force, so that the schedule is exact. Times count from the request to migrate.
+Rule 1: a moment is an event of the history; a node that comes to the point of a fault waits there until the fault
+        is in force, so that the schedule is exact. Times count from the request to migrate.
 Rule 2: whatever happened, everything is healed before the hosts are taken down; the last one first.
 Rule 3: every fault applied or healed is in the history; one that cannot be is `fault_failed`, and breaks the run.
 Rule 4: one thread does it all; who records an event only posts it here.
@@ -15,13 +15,12 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final, Self
 
+from host.points import side_of
 from testbed.clock import now_ns
 from testbed.errors import MachineCannotError, RunBrokenError, TestbedError
 from testbed.faults.fault import Applied, Port, Target, apply, ports_of
 from testbed.faults.link import ShapedLink
 from testbed.faults.parameters import moment_ms
-
-from host.points import side_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

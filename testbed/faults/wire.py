@@ -10,8 +10,6 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pyroute2 import IPRoute
-
 from testbed.faults.errors import FaultError
 from testbed.faults.namespace import in_namespace, namespace_of
 from testbed.faults.qdisc import interface_of
@@ -33,6 +31,7 @@ class Wire:
 
 def other_end(port: Port, ports: Sequence[Port]) -> Wire:
     """Raises FaultError when it is not on this machine."""
+    from pyroute2 import IPRoute  # noqa: PLC0415 - slow to import
 
     def own() -> tuple[int, int, str]:
         with IPRoute() as netlink:
@@ -54,6 +53,8 @@ def other_end(port: Port, ports: Sequence[Port]) -> Wire:
 
 def _named(index: int, peer_index: int) -> str:
     """The interface's name, if it is there and its other end is `peer_index`."""
+    from pyroute2 import IPRoute  # noqa: PLC0415
+
     with IPRoute() as netlink:
         links: list[Any] = [link for link in netlink.get_links() if link["index"] == index]
         if not links or links[0].get_attr("IFLA_LINK") != peer_index:
