@@ -103,6 +103,9 @@ def pair():
             )  # no IPv6: it comes by and by
             side.run("ip", "link", "set", side.interface, "up")
             side.run("ip", "link", "set", "lo", "up")
+        for side in sides:  # the kernel looks at a new link's carrier by and by
+            while "state UP" not in side.run("ip", "-o", "link", "show", side.interface):
+                os.sched_yield()
         yield sides
     finally:
         for holder in holders:
