@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from migration.pb import migration_pb2
 
 SILENCE_S = 10.0  # Prepare follows the last page, and the stream follows Open, within milliseconds
+TAKE_OVER_S_MAX = 10.0  # one request to the agent, and a file of 8 bytes a page
 JOIN_TIMEOUT_S = 10.0  # a writer stores one chunk in about a millisecond; it ends before it takes another
 
 log = structlog.get_logger()
@@ -74,6 +75,7 @@ class Intake:
         self._silence_mark: object = None
         self._reply = do.Reply(told.Answer.UNKNOWN)
         self._found_hashes: U64Array | None = None
+        self._taking_over: threading.Thread | None = None
         self.verify_ns = 0
         self.resume_ns = 0
 
@@ -206,6 +208,7 @@ class Intake:
     def stop(self) -> None:
         """The host ends: an attempt that is only being received is given up."""
         self._silence.cancel()
+        self.settled(TAKE_OVER_S_MAX)
         with self._lock:
             if self._machine.phase in RESUMABLE_PHASES:
                 self._drive(told.IntakeFailed("the destination node is stopping"))
@@ -418,29 +421,37 @@ class Intake:
         except (AgentError, AgentLost) as error:
             # COMMITTED is durable: the guest is ours, and nobody else may run it.
             return told.GuestStartFailed(str(error), lost=self._host.guest.process_gone)
-        try:
-            self._take_over()
-        except (HostError, OSError) as error:
-            self._host.events.add("take_over_failed", reason=str(error))
+        # Behind the answer: the source's clock of the downtime runs until it comes.
+        self._taking_over = threading.Thread(target=self._take_over, name="take-over", daemon=True)
+        self._taking_over.start()
         return told.GuestStarted()
 
     def _start(self, key: AttemptKey) -> None:
-        """Have the agent run the image, and tell the guest that it may have its hinted pages back."""
+        """Have the agent run the image."""
         started_ns = now_ns()
         at_ns = self._host.guest.link.run(key.next_epoch)
         self.resume_ns = now_ns() - started_ns
         self._host.events.add(
             "guest_running", at_ns=at_ns, guest_epoch=key.next_epoch, resume_ms=self.resume_ns / 1e6
         )
-        self._host.balloon.hints_done()
-        self._host.events.add("hints_done")
 
     def _take_over(self) -> None:
-        """From here on this host is the guest's host: it has its RAM from the agent, as any host."""
-        if self._receiver is not None:
-            self._receiver.ram.close()
-        self._host.guest.take_ram()
-        self._keep_hashes()
+        """From here on this is the guest's host: its device says DONE, and it has RAM from the agent, as any."""
+        with self._lock:
+            try:
+                self._host.balloon.hints_done()
+                self._host.events.add("hints_done")
+                if self._receiver is not None:
+                    self._receiver.ram.close()
+                self._host.guest.take_ram()
+                self._keep_hashes()
+            except (HostError, OSError) as error:
+                self._host.events.add("take_over_failed", reason=str(error))
+
+    def settled(self, timeout_s: float) -> None:
+        """Wait until a guest that was started is taken over whole: its RAM here, what was read back kept."""
+        if (taking_over := self._taking_over) is not None:
+            taking_over.join(timeout_s)
 
     def _keep_hashes(self) -> None:
         """What was read back, for a judge; with integrity "stream" nothing was."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dest_node.arrivals import Arrivals
-from dest_node.intake import Intake
+from dest_node.intake import TAKE_OVER_S_MAX, Intake
 from dest_node.servicer import MigrationServicer, register
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class DestRole:
 
     def artefact(self, name: str) -> Path | None:
         """Files that a completed migration left."""
+        self._intake.settled(TAKE_OVER_S_MAX)
         path = self._host.artefacts_dir / name
         return path if name in ARTEFACTS and path.exists() else None
 

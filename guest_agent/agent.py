@@ -97,6 +97,9 @@ class Agent:
         self._state = State.STANDBY
         self._ready = False
         self._ending = False
+        self._unconnected: Machine | None = (
+            None  # its balloon device is looked for when the node was answered
+        )
         self._failures: deque[tuple[str, BaseException]] = deque()
         self._booted: deque[bool] = deque()
         self._control = ControlServer(agent_socket, self._handle)
@@ -170,7 +173,10 @@ class Agent:
         self._control.wake()
 
     def _keep_going(self) -> bool:
-        """Between two operations: take note of what the guest's threads reported."""
+        """Between two operations: do what nobody waits for, take note of what the guest's threads reported."""
+        unconnected, self._unconnected = self._unconnected, None
+        if unconnected is not None and unconnected is self._machine:
+            unconnected.connect()
         if self._booted:
             self._booted.clear()
             self._start_booted()
@@ -186,6 +192,7 @@ class Agent:
     def _start_booted(self) -> None:
         machine = self._guest()
         machine.start()
+        machine.front_end.start_rings(None)  # who hears of a ready guest may ask for hints at once
         self._state = State.RUNNING
         self._ready = True
         self._log.info("guest_ready", pages=machine.ram.pages, free_pages=machine.buddy.free_pages)
@@ -308,8 +315,8 @@ class Agent:
                     f"this guest runs at epoch {machine.boot.guest_epoch + 1}, not {epoch}"
                 )
             machine.boot.guest_epoch = epoch
-            machine.connect()
             machine.start()
+            self._unconnected = machine  # nobody waits for the balloon, neither the guest nor the node
             self._state, self._ready = State.RUNNING, True
             self._control.notify("ready")
         self._check_epoch(request)

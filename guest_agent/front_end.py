@@ -151,7 +151,7 @@ class FrontEnd:
                     self._main.shutdown(socket.SHUT_RDWR)
 
     def wake(self) -> None:
-        """Make `run` look whether it shall end."""
+        """Make `run` look whether it shall end, or start rings."""
         os.eventfd_write(self._wake_fd, 1)
 
     def start_rings(self, bases: Sequence[int] | None) -> None:
@@ -166,6 +166,13 @@ class FrontEnd:
                 self._bases = None if bases is None else list(bases)
             if self._session is not None and not self._running:
                 self._guarded(self._start_rings)
+
+    def want_rings(self, bases: Sequence[int] | None) -> None:
+        """As `start_rings`, for who cannot wait: `run` starts them. No lock: an exchange may hold it."""
+        if not self._wanted:
+            self._bases = None if bases is None else list(bases)
+            self._wanted = True  # last: `run` may look at any moment
+        self.wake()
 
     def stop_rings(self) -> list[int]:
         """Stop the rings; where they stand, by queue. The device touches guest RAM no more. Idempotent."""
@@ -283,6 +290,11 @@ class FrontEnd:
         waiting.register(self._wake_fd, select.POLLIN)
         while not self._stopping.is_set():
             ready = dict(waiting.poll())
+            if self._wake_fd in ready:
+                drain(self._wake_fd)
+                with self._lock:
+                    if self._wanted and not self._running and self._session is not None:
+                        self._start_rings()
             if main.fileno() in ready:
                 return
             if channel.fileno() in ready:

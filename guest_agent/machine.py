@@ -230,13 +230,15 @@ class Machine:
         self._spawn("front_end", self.front_end.run)
 
     def start(self) -> None:
-        """Start the guest's threads and let them run. Idempotent."""
-        if not self.started_at_ns:
-            self.started_at_ns = host_now_ns()
-            self._balloon_thread = self._spawn("balloon", self.balloon.run)
-            self._spawn("vcpu", self.vcpu.run)
-            self._spawn("beats", self._beats.run)
-        self.resume()
+        """Start the guest's threads and let them run; its balloon's rings follow as soon as there is a device."""
+        self._balloon_thread = self._spawn("balloon", self.balloon.run)
+        self._spawn("vcpu", self.vcpu.run)
+        self._spawn("beats", self._beats.run)
+        paused, self.paused = self.paused, None
+        self.started_at_ns = host_now_ns()
+        self.clock.start()
+        self.gate.open()
+        self.front_end.want_rings(paused.ring_bases if paused else None)
 
     def pause(self) -> Paused:
         """Stop the guest (rule 2). Idempotent.

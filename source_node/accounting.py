@@ -4,6 +4,8 @@ Rule 1: total and downtime are what the guest's user would have had: the time th
         to hash the destination's RAM while the guest stands still is told apart, as verify_ms.
 Rule 2: downtime is pause ordered -> the destination's COMMITTED answered, on the source's clock alone. Of a
         rehearsal it is pause ordered -> the guest runs on, without the time in which either host hashed its RAM.
+Rule 3: the parts tile the downtime: each begins where the last one ended, so that their sum, without verify, is
+        the downtime and nothing is left over.
 """
 
 from __future__ import annotations
@@ -24,36 +26,43 @@ class Stopwatch:
     rehearsed_ns: int = 0  # the guest runs on here
     ended_ns: int = 0
     parts_ns: dict[str, int] = field(default_factory=dict)
-    _open: dict[str, int] = field(default_factory=dict)
+    _seen_ns: int = 0  # until here the downtime is accounted for
 
-    def begin(self, part: str, instant_ns: int) -> None:
-        """A part of the downtime begins."""
-        self._open[part] = instant_ns
+    def pause_ordered(self, instant_ns: int) -> None:
+        """The downtime begins."""
+        self.pause_ordered_ns = self._seen_ns = instant_ns
 
-    def end(self, part: str, instant_ns: int) -> None:
-        """It ends; one that never began counts nothing."""
-        self.parts_ns[part] = instant_ns - self._open.pop(part, instant_ns)
+    def passed(self, part: str, instant_ns: int) -> None:
+        """What passed since the last part ended was this part (once more, if the guest is waited for again)."""
+        if self.pause_ordered_ns:  # an attempt taken up after a restart was paused by a process that is gone
+            self.parts_ns[part] = self.parts_ns.get(part, 0) + instant_ns - self._seen_ns
+            self._seen_ns = instant_ns
 
     def decided(self, instant_ns: int, *, verify_ns: int, resume_ns: int) -> None:
         """COMMITTED was answered; what the destination measured itself is taken out of the calls' times."""
         self.decided_ns = instant_ns
-        self.end("commit", instant_ns)
-        self.parts_ns |= {"verify": verify_ns, "resume": resume_ns}
-        for part, inside_ns in (("prepare", verify_ns), ("commit", resume_ns)):
-            self.parts_ns[part] = max(self.parts_ns.get(part, 0) - inside_ns, 0)
+        self.passed("commit", instant_ns)
+        self._move("prepare", "verify", verify_ns)
+        self._move("commit", "resume", resume_ns)
 
-    def rehearsed(self, resume_ns: int, instant_ns: int, *, verify_ns: int, evidence_ns: int) -> None:
-        """The guest runs on, resumed at `resume_ns`: `verify_ns` of hashing there, `evidence_ns` of it here."""
+    def rehearsed(self, instant_ns: int, *, verify_ns: int) -> None:
+        """The guest runs on here; the destination hashed its RAM for `verify_ns`, this host for what was told."""
         self.rehearsed_ns = instant_ns
-        self.parts_ns |= {"verify": verify_ns + evidence_ns, "resume": instant_ns - resume_ns}
-        self.parts_ns["prepare"] = max(self.parts_ns.get("prepare", 0) - verify_ns, 0)
+        self.passed("resume", instant_ns)
+        self._move("prepare", "verify", verify_ns)
+
+    def _move(self, part: str, inner: str, inner_ns: int) -> None:
+        """`inner` was inside `part` on another host's clock, which cannot have taken longer than the call."""
+        inner_ns = min(inner_ns, self.parts_ns.get(part, 0))
+        self.parts_ns[part] = self.parts_ns.get(part, 0) - inner_ns
+        self.parts_ns[inner] = self.parts_ns.get(inner, 0) + inner_ns
 
     def times(self) -> dict[str, object]:
         """total_ms, setup_ms, downtime_ms, verify_ms and the parts of the downtime."""
         verify_ns = self.parts_ns.get("verify", 0)
         switched_ns = self.decided_ns or self.rehearsed_ns
         end_ns = switched_ns or self.ended_ns
-        # An attempt taken up after a restart was paused by a process that is gone: its downtime is not known here.
+        # Of an attempt taken up after a restart the downtime is not known here.
         measured = switched_ns and self.pause_ordered_ns
         downtime_ns = switched_ns - self.pause_ordered_ns - verify_ns if measured else 0
         return {

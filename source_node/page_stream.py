@@ -204,6 +204,10 @@ class PageStream:
             lane.open()
         return np.sort(np.concatenate(lost))
 
+    def half_close(self) -> None:
+        """Nothing more will be sent; `close` waits for the destination to end the calls."""
+        self._end()
+
     def close(self, timeout_s: float) -> bool:
         """Half-close and wait until the destination ended the calls; False when it did not in time."""
         self._end()

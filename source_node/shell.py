@@ -86,7 +86,7 @@ class SourceShell:
         self.hint_rule = self._chosen_hint_rule()
         self.throttle = GuestThrottle(host.guest)
         self._prepare = migration_pb2.PrepareRequest()
-        self._evidence_ns = 0
+        self._vcpu_state = b""
         self._last_round: dict[str, object] = {}
 
     def hinted(self, report: told.HintsReported) -> None:
@@ -194,12 +194,14 @@ class SourceShell:
             case do.AwaitAcknowledgements():
                 round_set = self._machine.round_set
                 self._pages.await_acknowledgements(round_set.index if round_set else 0)
+                if self._machine.phase is SourcePhase.FINAL_DRAINING and not self._order.rehearsal:
+                    # It does not change while the guest is paused; asked for while the last pages cross.
+                    self._vcpu_state = self._host.guest.link.save()
             case do.PauseGuest():
                 self._pause()
             case do.SaveGuest(rehearsal):
                 self._save(rehearsal)
             case do.SendPrepare():
-                self.watch.begin("prepare", now_ns())
                 self._peer.prepare(self._prepare)
                 self._tell_last_round()
             case do.SendCommit(_, digest):
@@ -229,8 +231,7 @@ class SourceShell:
         elif state is told.Recorded.COMPLETED:
             journal.move(key, "source", {"COMMITTING"}, state.value, detail=command.reason)
         elif state is told.Recorded.COMMITTING:
-            self.watch.end("prepare", now_ns())
-            self.watch.begin("commit", now_ns())
+            self.watch.passed("prepare", now_ns())
             digest = self._prepare.image_digest
             detail = self._order.peer
             journal.move(key, "source", {"STARTED"}, state.value, digest=digest, detail=detail)
@@ -296,26 +297,24 @@ class SourceShell:
         dirty = self._tracker.harvest()
         duration_ns = now_ns() - started_ns
         if self._machine.phase is SourcePhase.FINAL_HARVESTING:
-            self.watch.parts_ns["harvest"] = duration_ns
-            self.watch.begin("send", now_ns())
+            self.watch.passed("harvest", now_ns())
         self._host.events.add(
             "harvested", duration_ms=duration_ns / 1e6, dirty_pages=int(np.count_nonzero(dirty))
         )
         self._post(told.Harvested(dirty, int(self._tracker.left_out[1].sum())))
 
     def _pause(self) -> None:
-        self.watch.pause_ordered_ns = now_ns()
-        self.watch.begin("pause", now_ns())
+        self.watch.pause_ordered(now_ns())
         self._host.guest.link.pause()
         self._host.balloon.serve_out()
-        self.watch.end("pause", now_ns())
+        self.watch.passed("pause", now_ns())
         self._host.events.add("guest_paused", downtime_starts_ns=self.watch.pause_ordered_ns)
         self._post(told.GuestPaused())
 
     def _save(self, rehearsal: bool) -> None:
-        self.watch.end("send", now_ns())
-        self.watch.begin("save", now_ns())
-        vcpu_state = b"" if rehearsal else self._host.guest.link.save()
+        self.watch.passed("send", now_ns())
+        self._pages.half_close()  # the destination ends the calls while we look at the device
+        vcpu_state = b"" if rehearsal else self._vcpu_state
         device = self._host.balloon.device_state()
         if not self._pages.close(STREAM_CLOSE_TIMEOUT_S):
             # Every chunk is acknowledged: what became of the destination, or of the link, Prepare will show.
@@ -347,7 +346,7 @@ class SourceShell:
             ),
             rehearsal=rehearsal,
         )
-        self.watch.end("save", now_ns())
+        self.watch.passed("save", now_ns())
         self._post(told.GuestSaved(digest))
 
     def _ballooned_for_ever(self) -> bytes:
@@ -360,17 +359,16 @@ class SourceShell:
         return pack(mask)
 
     def _keep_evidence(self) -> None:
-        started_ns = now_ns()
-        self.watch.end("prepare", started_ns)
+        self.watch.passed("prepare", now_ns())
         self.artefacts = write_artefacts(
             self._host, self._ram, self._ram_reader.sent_hashes, self._order.integrity
         )
-        self._evidence_ns = now_ns() - started_ns
+        self.watch.passed("verify", now_ns())
         self._post(told.EvidenceKept())
 
     def _resume(self, key: AttemptKey) -> None:
         """The guest must not stay paused because its link broke: ask until it answers or its process is gone."""
-        guest, started_ns = self._host.guest, now_ns()
+        guest = self._host.guest
         while True:
             try:
                 guest.link.resume(key.guest_epoch)
@@ -380,8 +378,7 @@ class SourceShell:
                 continue
             break
         if self.artefacts:
-            verify_ns, evidence_ns = self._peer.verify_ns, self._evidence_ns
-            self.watch.rehearsed(started_ns, now_ns(), verify_ns=verify_ns, evidence_ns=evidence_ns)
+            self.watch.rehearsed(now_ns(), verify_ns=self._peer.verify_ns)
         self._post(told.GuestResumed())
 
     def _given_away(self) -> None:

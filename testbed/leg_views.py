@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from testbed.leg_keys import Leg
 
 HOST_FIELD: Final = "host"
+HOSTS_FIELD: Final = "hosts"  # figures by host
 BYSTANDER: Final = "third"
 
 
@@ -129,7 +130,11 @@ def _renamed(event: Event, roles: Mapping[str, Origin]) -> Event:
     """The event with the hosts called by what they are in this leg; others keep their names, as bystanders."""
     fields: Mapping[str, Any] = event.fields
     if event.origin == "testbed":
-        named = {HOST_FIELD: _called(str(fields[HOST_FIELD]), roles)} if HOST_FIELD in fields else {}
+        named: dict[str, Any] = {}
+        if HOST_FIELD in fields:
+            named[HOST_FIELD] = _called(str(fields[HOST_FIELD]), roles)
+        if isinstance(by_host := fields.get(HOSTS_FIELD), dict):
+            named[HOSTS_FIELD] = {_called(host, roles): figures for host, figures in by_host.items()}
         return replace(event, fields={**fields, **named})
     return replace(event, origin=_called(event.origin, roles))
 

@@ -118,6 +118,7 @@ class _Step:
 _GETTERS = frozenset(
     {Request.GET_FEATURES, Request.GET_PROTOCOL_FEATURES, Request.GET_CONFIG, Request.GET_VRING_BASE}
 )
+_AT_ONCE = frozenset({Request.GET_VRING_BASE})
 
 
 class FrontendSession:
@@ -141,13 +142,13 @@ class FrontendSession:
         self._backend_fd = backend_fd
         self._user_address: int | None = None
         self._steps: deque[_Step] = deque()
-        self._waiting: _Step | None = None
+        self._waiting: deque[_Step] = deque()  # sent, in the order in which the answers come
         self._bases: dict[int, int] = {}
 
     @property
     def idle(self) -> bool:
         """Whether everything asked for so far is through."""
-        return self._waiting is None and not self._steps
+        return not self._waiting and not self._steps
 
     def start(self) -> list[Action]:
         """Begin the handshake; ends with `Negotiated` and `ConfigRead`."""
@@ -226,22 +227,25 @@ class FrontendSession:
         return self._advance()
 
     def _advance(self) -> list[Action]:
-        """Send what can be sent: up to and including the first request that is answered."""
+        """Send what can be sent: up to and including the first request that is answered.
+
+        Rings are stopped all at once: their answers come in order, and the guest waits for the last one.
+        """
         actions: list[Action] = []
         acknowledged = bool(self.protocol_features >> PROTOCOL_F_REPLY_ACK & 1)
-        while self._waiting is None and self._steps:
+        while self._steps and (not self._waiting or self._steps[0].request in _AT_ONCE):
             step = self._steps.popleft()
             getter = step.request in _GETTERS
             flags = FLAG_VERSION | (FLAG_NEED_REPLY if acknowledged and not getter else 0)
             actions.append(Message(step.request, flags, step.payload, step.fds))
             if getter or acknowledged:
-                self._waiting = step
+                self._waiting.append(step)
             elif step.event is not None:
                 actions.append(step.event)
         return actions
 
     def _take_answer(self, message: Message) -> list[Action]:
-        step, self._waiting = self._waiting, None
+        step = self._waiting.popleft() if self._waiting else None
         if step is None or message.request != step.request:
             raise VhostUserError("unexpected_message", f"request {message.request}")
         if message.flags != FLAG_VERSION | FLAG_REPLY:
@@ -294,7 +298,8 @@ class FrontendSession:
         if index != VRING_STATE.unpack(step.payload)[0] or base > 0xFFFF:
             raise VhostUserError("ring_base", f"ring {index}: {base}")
         self._bases[index] = base
-        if self._steps and self._steps[0].request == Request.GET_VRING_BASE:
+        following = (*self._waiting, *self._steps)
+        if following and following[0].request == Request.GET_VRING_BASE:
             return []
         bases, self._bases = self._bases, {}
         return [RingsStopped(bases)]

@@ -7,6 +7,7 @@ Rule 3: one changed bit changes a sum: each word counts with its own odd factor 
 
 import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -57,11 +58,17 @@ class PageContent:
     """Page content of one key: page i is a pool page chosen by i, xored with a word made of i."""
 
     def __init__(self, key: int) -> None:
+        self._key = key
         self._salt = np.uint64(key & _MASK)
-        pool = generator_at(key, 0).integers(
+
+    @cached_property
+    def _pool(self) -> U64Array:
+        """Any 256 neighbours without wrapping. Made when it is first needed: a restored guest is waited for."""
+        pool = generator_at(self._key, 0).integers(
             0, _MASK, size=(_POOL_PAGES, PAGE_WORDS), dtype=np.uint64, endpoint=True
         )
-        self._pool: U64Array = np.concatenate((pool, pool))  # any 256 neighbours without wrapping
+        doubled: U64Array = np.concatenate((pool, pool))
+        return doubled
 
     def pages(self, indices: U64Array) -> U64Array:
         """Content of pages in any order: uint64, shape (n, 512)."""

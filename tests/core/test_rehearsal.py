@@ -19,10 +19,12 @@ MS = 1_000_000
 
 
 def test_the_downtime_of_a_rehearsal_ends_when_the_guest_runs_on_and_leaves_out_the_hashing():
-    watch = Stopwatch(requested_ns=1 * MS, first_round_ns=3 * MS, pause_ordered_ns=10 * MS)
-    watch.begin("prepare", 20 * MS)
-    watch.end("prepare", 50 * MS)
-    watch.rehearsed(80 * MS, 81 * MS, verify_ns=25 * MS, evidence_ns=30 * MS)
+    watch = Stopwatch(requested_ns=1 * MS, first_round_ns=3 * MS)
+    watch.pause_ordered(10 * MS)
+    watch.passed("save", 20 * MS)
+    watch.passed("prepare", 50 * MS)
+    watch.passed("verify", 80 * MS)
+    watch.rehearsed(81 * MS, verify_ns=25 * MS)
     watch.ended_ns = 90 * MS
     times = watch.times()
     assert times["downtime_ms"] == 81 - 10 - 25 - 30
