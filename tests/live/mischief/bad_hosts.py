@@ -11,9 +11,9 @@ from dest_node import intake
 from dest_node.page_receiver import PageReceiver
 from host.device_log import DeviceLog
 from host.errors import AgentError
-from migration import source_machine
 from migration.codec import ZERO_PAGE_HASH
 from migration.pages import PAGE_BYTES, pfns_of
+from migration.round_book import RoundBook
 from migration.source_phases import SourcePhase
 from source_node.page_reader import PageReader
 from source_node.shell import SourceShell
@@ -24,16 +24,16 @@ HOLD_S_MAX = 20.0
 
 def wrong_skip():
     """The source skips pages that nobody hinted: every eighth of those that the guest kept for itself."""
-    honest = source_machine.SourceMachine._apply_hints
+    honest = RoundBook.hint
 
-    def apply_hints(machine, event):
-        honest(machine, event)
-        if event.stopped:
-            kept = np.flatnonzero(machine._current.candidates & ~machine._current._hinted)
+    def hint(book, report):
+        honest(book, report)
+        if report.stopped:
+            kept = np.flatnonzero(book.current.candidates & ~book.current._hinted)
             chosen = kept[kept >= KERNEL_PAGES][::8].astype(np.uint64)
-            machine._current.hint(chosen, np.ones(chosen.size, np.uint32))
+            book.current.hint(chosen, np.ones(chosen.size, np.uint32))
 
-    source_machine.SourceMachine._apply_hints = apply_hints
+    RoundBook.hint = hint
 
 
 def _with_tracker(wrap):
@@ -96,12 +96,14 @@ def zero_record_ignored():
 
 
 def store_dropped():
-    """The destination books a chunk and stores the one before it again: its first pages never arrive."""
+    """The destination books a chunk of the guest's own pages and gives them back: they never arrive."""
+    dropped = []
     honest = PageReceiver._store_data
 
     def store_data(receiver, chunk):
         honest(receiver, chunk)
-        if receiver.stored_chunks == 2:
+        if not dropped and chunk.run_first.size and int(chunk.run_first.min()) >= KERNEL_PAGES:
+            dropped.append(True)
             for first, count in zip(chunk.run_first.tolist(), chunk.run_pages.tolist(), strict=True):
                 receiver.ram.punch(first, count)
 
