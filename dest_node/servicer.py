@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dest_node.intake import Intake
     from dest_node.page_receiver import PageReceiver, PageStreamIn
 
-ACK_EVERY = 16  # a fourth of the source's window; an answer costs the interpreter about 0.1 ms
+ACK_EVERY = 4  # a fourth of the source's window; an answer costs the interpreter about 0.1 ms
 INTEGRITY = ("full", "stream")
 MEMORY_BYTES_MAX = 1 << 46  # 64 TiB: a size beyond it is a mistake, not a guest
 

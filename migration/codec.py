@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | U8Array
 
-CHUNK_PAGES_MAX = 256  # 1 MiB of data: gRPC peaks near it; 4 KiB messages are 18 times slower
+# 4 MiB of data. What a message costs beyond its bytes are the hand-overs between threads, 6 at the sender and 10 at
+# the receiver: against messages of 1 MiB the two hosts together take a sixth less CPU (benchmarks/RESULTS.md).
+CHUNK_PAGES_MAX = 1024
+PACKED_PAGES_MAX = (
+    256  # of a chunk that is compressed or has deltas: their cost is the codec's, not the message's
+)
 ZERO_RUNS_MAX = 4096  # zero records have no data; this many runs are at most 40 KiB of fields
 INCARNATION_BYTES_MAX = 64  # a UUID in any spelling
 # Everything but `data`. Ours is at most about 50 KiB; protobuf's parser makes eight bytes of one at worst.
@@ -299,7 +304,7 @@ def decode_chunk(message: bytes, *, pages: int) -> DecodedChunk:
     zero_page_count = _check_runs("zero", zero_first, zero_pages, pages=pages, runs_max=ZERO_RUNS_MAX)
     if data_page_count and zero_page_count:
         _check_apart(run_first, run_pages, zero_first, zero_pages)
-    if data_page_count > CHUNK_PAGES_MAX:
+    if data_page_count > (CHUNK_PAGES_MAX if _packing_of(chunk) is UNPACKED else PACKED_PAGES_MAX):
         raise RemoteProtocolError("chunk too large", data_pages=data_page_count)
     packing = _packing_of(chunk)
     fits = data.nbytes == data_page_count * PAGE_BYTES if packing is UNPACKED else data_page_count > 0
@@ -409,19 +414,20 @@ def _varint(message: bytes, position: int, *, bytes_max: int) -> tuple[int, int]
 def _parse(message: bytes) -> tuple[PageChunk, memoryview]:
     """The message's small fields, and a view of `data`, which protobuf never sees."""
     chunk = PageChunk()
-    data_bytes = len(message) & -PAGE_BYTES
-    prefix = _prefix(DATA_TAG, data_bytes)
-    small_bytes = len(message) - data_bytes - len(prefix)
-    # Ours end with `data`. If protobuf takes everything before it as whole fields, then it would also see
-    # this field here; if it does not, the message is of another shape, and is walked field by field.
-    if small_bytes >= 0 and message.startswith(prefix, small_bytes):
-        try:
-            chunk.ParseFromString(message[:small_bytes])
-        except DecodeError:
-            chunk.Clear()
-        else:
-            data = memoryview(message)[small_bytes + len(prefix) :] if data_bytes else memoryview(chunk.data)
-            return chunk, data
+    # Ours end with `data`, before which every page has its hash. If protobuf takes everything before it as whole
+    # fields, then it would also see this field there; if not, the message is of another shape, and is walked
+    # field by field. So are messages that may have no data, or are packed.
+    pages = len(message) // (PAGE_BYTES + 8)
+    for guess in range(pages, max(pages - 2, 0), -1):  # one too many where the lists of runs are long
+        prefix = _prefix(DATA_TAG, guess * PAGE_BYTES)
+        small_bytes = len(message) - guess * PAGE_BYTES - len(prefix)
+        if small_bytes >= 0 and message.startswith(prefix, small_bytes):
+            try:
+                chunk.ParseFromString(message[:small_bytes])
+            except DecodeError:
+                chunk.Clear()
+                break
+            return chunk, memoryview(message)[small_bytes + len(prefix) :]
     small, data = _split(message)
     try:
         chunk.ParseFromString(small)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from migration.events import HintsReported, PagesSent
     from migration.pages import BoolArray, U64Array
 
-BATCH_PAGES = 2048  # 8 MiB: hints and decisions take effect between batches; smaller ones cost hand-overs
+BATCH_PAGES = 4096  # 16 MiB: hints and decisions take effect between batches; smaller ones cost hand-overs
 
 
 class RoundBook:

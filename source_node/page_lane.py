@@ -95,13 +95,14 @@ class PageLane:
         *,
         pacer: Pacer | None,
         packer: Packer | None,
+        chunk_pages: int,
         window_chunks: int,
     ) -> None:
         self.messages = 0
         self.grpc_bytes = 0
         self.resent_pages = 0
         self.sent = 0  # chunks with a lower sequence were given to gRPC
-        self._numbers = ChunkNumbers(index, packer=packer)
+        self._numbers = ChunkNumbers(index, chunk_pages=chunk_pages, packer=packer)
         self._owner = owner
         self._reader = reader
         self._pacer = pacer

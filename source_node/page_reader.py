@@ -52,6 +52,7 @@ class ChunkNumbers:
 
     stream: int
     next_sequence: int = 0
+    chunk_pages: int = CHUNK_PAGES_MAX
     packer: Packer | None = None
 
 
@@ -73,7 +74,7 @@ class PageReader:
             self._holes = ~self._ram.populated()
 
     def chunks_of(self, numbers: ChunkNumbers, round_index: int, pfns: U64Array) -> Iterator[OutgoingChunk]:
-        """The chunks that carry these pages (ascending), each at most CHUNK_PAGES_MAX data pages.
+        """The chunks that carry these pages (ascending), each at most `numbers.chunk_pages` data pages.
 
         Each is read, and takes its number, when it is asked for.
         """
@@ -83,8 +84,8 @@ class PageReader:
                 yield self._zero_chunk(numbers, round_index, pfns[holes])
                 pfns = pfns[~holes]
         data_chunk = self._data_chunk if numbers.packer is None else self._packed_chunk
-        for start in range(0, len(pfns), CHUNK_PAGES_MAX):
-            yield data_chunk(numbers, round_index, pfns[start : start + CHUNK_PAGES_MAX])
+        for start in range(0, len(pfns), numbers.chunk_pages):
+            yield data_chunk(numbers, round_index, pfns[start : start + numbers.chunk_pages])
 
     def marker(self, numbers: ChunkNumbers, round_index: int) -> OutgoingChunk:
         """A chunk without pages: it asks for an acknowledgement at once."""

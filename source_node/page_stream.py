@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from migration.codec import CHUNK_PAGES_MAX, PACKED_PAGES_MAX
 from migration.errors import RemoteProtocolError
 from migration.events import PagesSent
 from migration.pages import PAGE_BYTES
@@ -35,10 +36,9 @@ if TYPE_CHECKING:
 __all__ = ["PageStream", "StreamListener", "default_streams", "one_line"]
 
 NOTHING_PACKED = PackingOrder()
-WINDOW_CHUNKS = 64  # 64 MiB at most between guest RAM and the destination's; it acknowledges every 16
-# An error of the destination shows when the acknowledgements before it were taken: at 64 chunks that would be
-# half a minute of a stream limited to 20 Mbit/s. Such a stream has far fewer than these on the way.
-LIMITED_WINDOW_CHUNKS = 24
+WINDOW_CHUNKS = 16  # over all streams: 64 MiB at most between guest RAM and the destination's
+PACED_CHUNK_S = 0.05  # of the limit's bytes: what goes at a time, so that a slow limit is kept smoothly
+PACED_PAGES_MIN = 16
 
 
 def default_streams(cores: int) -> int:
@@ -84,7 +84,6 @@ class PageStream:
             raise ValueError(f"{streams} page streams: 1 to {STREAMS_MAX} are possible")
         self._listener = listener
         self._pacer = Pacer(bytes_per_second) if bytes_per_second is not None else None
-        window_chunks = WINDOW_CHUNKS if bytes_per_second is None else LIMITED_WINDOW_CHUNKS
         self._lock = threading.Lock()
         self._closing = False
         self._lost = False
@@ -101,7 +100,8 @@ class PageStream:
                 reader,
                 pacer=self._pacer,
                 packer=self._packers[index],
-                window_chunks=max(window_chunks // streams, 1),
+                chunk_pages=_chunk_pages(packing, bytes_per_second),
+                window_chunks=max(WINDOW_CHUNKS // streams, 1),
             )
             for index in range(streams)
         ]
@@ -260,6 +260,13 @@ class PageStream:
         for lane in self._lanes:
             lane.wake()
         self._listener.stream_lost(reason, refused=refused)
+
+
+def _chunk_pages(packing: PackingOrder, bytes_per_second: float | None) -> int:
+    pages_max = CHUNK_PAGES_MAX if packing == NOTHING_PACKED else PACKED_PAGES_MAX
+    if bytes_per_second is None:
+        return pages_max
+    return min(max(int(bytes_per_second * PACED_CHUNK_S) // PAGE_BYTES, PACED_PAGES_MIN), pages_max)
 
 
 def _sum_of(parts: list[Part]) -> PagesSent:

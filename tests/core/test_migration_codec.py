@@ -317,7 +317,7 @@ def chunk_of(**changes):
         ({"page_hashes": b""}, "disagree"),
         ({"data": bytes(2 * PAGE_BYTES - 1)}, "disagree"),
         ({"data": b""}, "disagree"),
-        ({"run_pages": [CHUNK_PAGES_MAX + 1], "zero_first": [1000]}, "too large"),
+        ({"run_pages": [CHUNK_PAGES_MAX + 1], "zero_first": [5000]}, "too large"),
         ({"run_pages": [40_000], "zero_first": [50_000]}, "too large"),
     ],
 )

@@ -6,7 +6,7 @@ import lz4.block
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from migration import delta
@@ -33,6 +33,8 @@ from source_node.packer import Packer, PackingOrder, packers, report
 PAGES = 4096
 ENCODINGS = {"lz4": ENCODING_LZ4, "zstd": ENCODING_ZSTD}
 NONE_U64, NONE_U32 = np.empty(0, np.uint64), np.empty(0, np.uint32)
+# A busy machine decides nothing: neither how long an example took, nor how long it took to draw it.
+UNHURRIED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 KINDS = pytest.mark.parametrize("kind", ["none", "lz4", "zstd"])
 
 
@@ -86,6 +88,7 @@ def changed_pages(older, changes):
     return newer
 
 
+@UNHURRIED
 @given(changes(), st.integers(0, 3))
 def test_a_delta_applied_to_the_older_version_is_the_page(changes, gap) -> None:
     older = random_pages(len(changes))
@@ -107,6 +110,7 @@ def test_a_delta_applied_to_the_older_version_is_the_page(changes, gap) -> None:
     assert (pages.view(np.uint8) == newer[fits]).all()
 
 
+@UNHURRIED
 @given(changes(), st.data())
 def test_a_changed_delta_field_is_refused_or_stays_inside_its_pages(changes, data) -> None:
     older = random_pages(len(changes))
@@ -130,6 +134,7 @@ def test_a_changed_delta_field_is_refused_or_stays_inside_its_pages(changes, dat
         assert int(pages.sum()) == parsed.word_count, "every word of its own"
 
 
+@UNHURRIED
 @given(st.binary(max_size=64), st.integers(0, 8))
 def test_garbage_is_no_delta(garbage, data_pages) -> None:
     try:
@@ -167,6 +172,7 @@ def test_impossible_deltas_are_refused(field) -> None:
 
 
 @KINDS
+@UNHURRIED
 @given(changes(pages_max=8), st.data())
 def test_packed_chunks_give_the_pages_back_and_are_protobuf(kind, changes, data) -> None:
     pfns = np.array(
@@ -268,6 +274,7 @@ def test_the_chunk_hash_covers_the_packing(name) -> None:
         decode_chunk(message.SerializeToString(), pages=PAGES)
 
 
+@UNHURRIED
 @given(st.sampled_from(list(ENCODINGS.values())), st.binary(max_size=200), st.integers(0, 1 << 20))
 def test_garbage_does_not_decompress(encoding, garbage, size) -> None:
     try:
@@ -327,6 +334,7 @@ def test_the_cache_is_bounded_and_keeps_what_is_written_again() -> None:
     assert cache.known(np.arange(70, 90, dtype=np.uint64)).sum() == 10
 
 
+@UNHURRIED
 @given(
     st.lists(
         st.tuples(st.integers(1, 2), st.sets(st.integers(0, 30), max_size=20), st.booleans()), max_size=12

@@ -13,7 +13,7 @@ from migration.errors import RemoteProtocolError
 from migration.partition import BLOCK_PAGES
 from migration.pb.migration_pb2 import ChunkAck, PageChunk
 from source_node.page_reader import OutgoingChunk
-from source_node.page_stream import LIMITED_WINDOW_CHUNKS, WINDOW_CHUNKS, PageStream
+from source_node.page_stream import WINDOW_CHUNKS, PageStream
 
 PATIENCE_S = 20.0
 STREAMS = pytest.mark.parametrize("streams", [1, 3])
@@ -158,7 +158,7 @@ def test_a_refusal_is_told_once_although_acknowledgements_were_not_taken(bytes_p
         stream.send(1, pages(10_000))
         assert told.next() == ("lost", "page stream: invalid argument: bad page chunk", True)
         if bytes_per_second is not None:
-            assert stream.sent_chunks <= 16 + LIMITED_WINDOW_CHUNKS
+            assert stream.sent_chunks <= 16 + WINDOW_CHUNKS
         assert told.queue.empty()
     assert told.queue.empty()
 
@@ -220,7 +220,7 @@ def test_a_lost_connection_comes_back_and_nothing_stored_is_sent_again(streams) 
     def dying(messages, _context):
         for message in messages:
             chunk = PageChunk.FromString(message)
-            if len(first_life) >= 40:
+            if len(first_life) >= 12:
                 died.set()
                 continue  # taken from the wire and never stored
             first_life.append(chunk)
