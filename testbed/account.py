@@ -134,6 +134,15 @@ def account_of(record: RunRecord) -> Account | None:
     return account.model_copy(update={"problems": problems})
 
 
+def dest_bytes_of_rounds(record: RunRecord) -> dict[int, int]:
+    """What reached the destination's interfaces in each round of the newest attempt, by the round's index."""
+    received = list(record.all("round_received", "dest"))
+    newest = [event.fields for event in received if event.fields["attempt"] == received[-1].fields["attempt"]]
+    ends = {int(fields["round"]): int(fields["rx_bytes"]) for fields in newest}  # of several streams the last
+    before = dict(zip(list(ends)[1:], list(ends.values())[:-1], strict=True))
+    return {index: end - before.get(index, 0) for index, end in ends.items()}
+
+
 def explain(counts: Counts) -> Account:
     """Every layer, and what is left over."""
     layers, problems = [], []

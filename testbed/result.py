@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from testbed.account import Account, account_of
+from testbed.account import Account, account_of, dest_bytes_of_rounds
 from testbed.beats import blackout_ns
 from testbed.decided import DecisionPart, RecoveriesPart, ThrottlePart, decisions_of, known
 from testbed.leg_views import leg_path, legs_of
@@ -74,6 +74,9 @@ class RoundPart(Part):
     dirtied_pages: int
     payload_bytes: int
     wire_bytes: int
+    wire_rx_bytes: int = 0
+    retransmitted_bytes: int = 0
+    dest_wire_bytes: int | None = None  # of this round at the destination's interfaces, where it has its own
 
 
 class HintsPart(Part):
@@ -331,8 +334,15 @@ def _compression(record: RunRecord) -> CompressionPart:
 
 def rounds_of(record: RunRecord) -> list[RoundPart]:
     """The finished rounds, in order."""
+    arrived = dest_bytes_of_rounds(record)
     return [
-        RoundPart.model_validate({"index": event.fields["round"], **_known(RoundPart, event.fields)})
+        RoundPart.model_validate(
+            {
+                **_known(RoundPart, event.fields),
+                "index": event.fields["round"],
+                "dest_wire_bytes": arrived.get(event.fields["round"]),
+            }
+        )
         for event in record.rounds
     ]
 

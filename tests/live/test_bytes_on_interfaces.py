@@ -40,6 +40,8 @@ def test_every_byte_at_the_interface_has_its_layer(tmp_path, monkeypatch, offloa
     }
     received = {event.fields["round"] for event in record.all("round_received", "dest")}
     assert sent.keys() == received
+    for part in run.result.rounds:
+        assert abs(part.dest_wire_bytes - part.wire_bytes) < 0.01 * part.wire_bytes + 32_768
     seen = record.last("wire_seen").fields["hosts"]
     assert seen["source"]["tx_bytes"] >= account.wire_forward_bytes
     assert seen["dest"]["rx_bytes"] >= account.dest_received_bytes
