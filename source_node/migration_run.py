@@ -171,6 +171,7 @@ class MigrationRun:
         ):
             return
         since_ns, self._progress_ns = self._progress_ns or instant - PROGRESS_PERIOD_NS, instant
+        self._shell.wire.calibrate(stream)
         ledger, batch = rounds.ledger, stream.batch_sent
         payload_bytes = self._shell.wire.payload_bytes + ledger.payload_bytes + batch.payload_bytes
         sent, zero = ledger.sent_pages + batch.data_pages, ledger.zero_pages + batch.zero_pages

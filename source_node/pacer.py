@@ -14,6 +14,8 @@ from host.clock import now_ns
 
 OVERHEAD_MAX = 2.0  # a measurement beyond it is of retransmissions of a link that is breaking, not of framing
 
+MEASURED_BYTES_MIN = 1 << 20
+
 
 class Pacer:
     """Thread-safe."""
@@ -30,8 +32,11 @@ class Pacer:
         return self._overhead
 
     def measured(self, message_bytes: int, wire_bytes: int) -> None:
-        """So many bytes of messages were so many on the wire, since the attempt began."""
-        if message_bytes > 0:
+        """So many bytes of messages were so many on the wire, since the attempt began.
+
+        The first megabyte is not enough: what gRPC still holds back, and the connection's opening, would count.
+        """
+        if message_bytes > MEASURED_BYTES_MIN:
             self._overhead = min(max(wire_bytes / message_bytes, 1.0), OVERHEAD_MAX)
 
     def reserve(self, message_bytes: int) -> int:

@@ -149,6 +149,11 @@ class PageStream:
         """`streams`, `compression` and `delta` of the result document, as far as the source knows them."""
         return {"streams": self.streams, **report(self._packing, self._packers)}
 
+    @property
+    def limited(self) -> bool:
+        """Whether there is a bandwidth limit."""
+        return self._pacer is not None
+
     def measured(self, wire_bytes: int) -> None:
         """So many bytes the kernel counted on this attempt's connections: the bandwidth limit learns from it."""
         if self._pacer is not None:

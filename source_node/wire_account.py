@@ -88,9 +88,13 @@ class WireAccount:
             since = wire.interface - (last.interface or InterfaceCount())
             fields |= {"wire_packets": since.tx_packets, "wire_rx_packets": since.rx_packets}
         self._last, self._grpc_bytes = wire, grpc_bytes
-        stream.measured(wire.tx_bytes)
         self.payload_bytes = ledger.payload_bytes
         return fields
+
+    def calibrate(self, stream: PageStream) -> None:
+        """Tell a limited stream what its bytes are on the wire; reading the counters takes a millisecond."""
+        if stream.limited:
+            stream.measured(self._sample().tx_bytes)
 
     def totals(
         self, ledger: MigrationLedger, stream: PageStream | None, destination: Destination | None
