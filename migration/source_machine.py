@@ -408,7 +408,7 @@ class SourceMachine:
 
     def _on_link_lost(self, reason: str) -> list[SourceCommand]:
         if RECOVERIES[self.phase] is Recovery.NOT_NEEDED:
-            return [do.Note("link_lost", {"phase": self.phase.name, "reason": reason})]
+            return [do.Note("link_lost", {"decision": "go_on", "phase": self.phase.name, "reason": reason})]
         if not self.link.link_timeout_ms:
             return self._abort(P.FAILED, reason, Cause.LINK)
         asked = self.link.lost(self.phase, self._question, reason, self._now_ns)
