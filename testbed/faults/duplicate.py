@@ -1,12 +1,12 @@
 """`duplicate`: a share of the packets arrives twice.
 
 The second one is put on the wire towards the host, at the other end of its link: it arrives as packets do, and is
-in the counters of the host's interface.
+in the counters of the host's interface. It comes from a hardware address of its own, and is never chosen again.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from testbed.faults.packets import HandlerFault, apply_handlers
 from testbed.faults.parameters import SomeShare
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from testbed.faults.fault import Port, Target, Undo
+
+
+COPIES_FROM: Final = "02:ba:11:a5:70:01"  # locally administered: nobody else's
 
 
 class Duplicate(HandlerFault):
@@ -32,7 +35,7 @@ class Duplicate(HandlerFault):
             wire = other_end(port, target.ports)
             return [
                 "--wire-namespace", wire.namespace, "--wire-interface", wire.interface,
-                "--hardware-address", wire.hardware_address,
+                "--hardware-address", wire.hardware_address, "--copies-from", COPIES_FROM.replace(":", ""),
             ]  # fmt: skip
 
         return apply_handlers(
@@ -41,4 +44,5 @@ class Duplicate(HandlerFault):
             mode="duplicate",
             options_of=options,
             numbers_of=lambda seed: chosen(self.share, seed),
+            only=f"ether saddr != {COPIES_FROM}",
         )

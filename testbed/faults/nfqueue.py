@@ -43,7 +43,7 @@ CFG_CMD, CFG_PARAMS, CFG_QUEUE_MAXLEN, CFG_MASK, CFG_FLAGS = 1, 2, 3, 4, 5
 CMD_BIND: Final = 1
 COPY_META, COPY_PACKET = 1, 2
 FLAG_GSO: Final = 4  # hand large packets over as they are; without it the kernel cuts them first
-ATTR_VERDICT, ATTR_HWADDR, ATTR_PAYLOAD = 2, 9, 10
+ATTR_VERDICT, ATTR_PAYLOAD = 2, 10
 VERDICT_ACCEPT: Final = 1
 
 HEADER: Final = struct.Struct("=IHHII")
@@ -116,15 +116,15 @@ class PacketQueue:
         chosen: NDArray[np.uint32] = ids[kinds == SUBSYSTEM | MSG_PACKET].astype(np.uint32)
         return chosen
 
-    def take_payloads(self) -> Iterator[tuple[int, bytes, bytes]]:
-        """(id, sender's hardware address, bytes from the IP header on) of what waits, at most a batch."""
+    def take_payloads(self) -> Iterator[tuple[int, bytes]]:
+        """(id, bytes from the IP header on) of what waits, at most a batch."""
         for index in range(self._receive()):
             message = self._slots[index, : self._messages[index].length].tobytes()
             if HEADER.unpack_from(message)[1] != SUBSYSTEM | MSG_PACKET:
                 continue
             found = dict(_attributes(message))
             (packet_id,) = struct.unpack_from(">I", message, ID_OFFSET)
-            yield packet_id, found.get(ATTR_HWADDR, b"\0" * 10)[4:10], found.get(ATTR_PAYLOAD, b"")
+            yield packet_id, found.get(ATTR_PAYLOAD, b"")
 
     def accept_up_to(self, packet_id: int) -> None:
         """Every packet with this id or a lower one goes on, in order."""

@@ -145,28 +145,28 @@ def _correct_checksum(changed: bytearray, before: bytes, checksum_at: int, place
 def corrupt(queue: PacketQueue, ending: Ending, *, seed: int, fix_checksum: bool) -> None:
     """Every packet that comes here is changed by one bit."""
     dice = Random(seed)
-    _serve(queue, ending, lambda number, _, packet: queue.accept(
+    _serve(queue, ending, lambda number, packet: queue.accept(
         number, corrupted(packet, dice, fix_checksum=fix_checksum)
     ))  # fmt: skip
 
 
-def duplicate(queue: PacketQueue, ending: Ending, wire: socket.socket, hardware_address: bytes) -> None:
-    """Every packet that comes here is put on the wire to this host once more."""
+def duplicate(queue: PacketQueue, ending: Ending, wire: socket.socket, ethernet: bytes) -> None:
+    """Every packet that comes here is put on the wire to this host once more, behind this Ethernet header."""
 
-    def twice(number: int, sender: bytes, packet: bytes) -> None:
+    def twice(number: int, packet: bytes) -> None:
         queue.accept(number)
-        wire.send(hardware_address + sender + ETHERTYPE_IPV4 + packet)
+        wire.send(ethernet + packet)
 
     _serve(queue, ending, twice)
 
 
-def _serve(queue: PacketQueue, ending: Ending, handle: Callable[[int, bytes, bytes], None]) -> None:
+def _serve(queue: PacketQueue, ending: Ending, handle: Callable[[int, bytes], None]) -> None:
     going_on = found = True
     while going_on or found:
         going_on = ending.wait(queue, IDLE_S if going_on else 0)
         found = False
-        for number, sender, packet in queue.take_payloads():
-            handle(number, sender, packet)
+        for number, packet in queue.take_payloads():
+            handle(number, packet)
             found = True
 
 
@@ -185,6 +185,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--wire-namespace", default="", help="where the other end of this host's link is")
     parser.add_argument("--wire-interface", default="")
     parser.add_argument("--hardware-address", default="", help="of this host, in hexadecimal digits")
+    parser.add_argument("--copies-from", default="", help="the hardware address that copies come from")
     return parser.parse_args(argv)
 
 
@@ -198,7 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     if wire is not None:
-        duplicate(queue, ending, wire, bytes.fromhex(options.hardware_address))
+        header = bytes.fromhex(options.hardware_address + options.copies_from) + ETHERTYPE_IPV4
+        duplicate(queue, ending, wire, header)
     elif options.mode == "corrupt":
         corrupt(queue, ending, seed=options.seed, fix_checksum=options.fix_checksum)
     else:

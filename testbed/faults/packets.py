@@ -58,6 +58,7 @@ def apply_handlers(
     mode: str,
     options_of: Callable[[Port, int], Sequence[str]],
     numbers_of: Callable[[int], Sequence[int] | None],
+    only: str = "",
 ) -> Undo:
     """A handler and a table at every receiver; what `heal_handlers` needs."""
     parts: list[dict[str, Any]] = []
@@ -71,7 +72,7 @@ def apply_handlers(
                 "handler": pid, "started": psutil.Process(pid).create_time(),
             }  # fmt: skip
             undoing.callback(heal_handlers, {"handlers": [part]})
-            nft.load(port.pid, nft.table(target.label, taking(addresses, numbers_of(seed), "")))
+            nft.load(port.pid, nft.table(target.label, taking(addresses, numbers_of(seed), "", only=only)))
             nft.queue_chain(port.pid, target.label, TAKEN, queue)
             parts.append(part)
         undoing.pop_all()

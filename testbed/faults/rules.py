@@ -65,8 +65,11 @@ def chosen(share: float, seed: int) -> list[int]:
     return sorted(Random(seed).sample(range(nft.CYCLE), max(1, round(share * nft.CYCLE))))
 
 
-def taking(addresses: Sequence[str], numbers: Sequence[int] | None, verdict: str) -> str:
-    """A table's body: of the senders' packets the chosen ones (None: all) go to a chain that counts and judges."""
+def taking(addresses: Sequence[str], numbers: Sequence[int] | None, verdict: str, *, only: str = "") -> str:
+    """A table's body: of the senders' packets the chosen ones (None: all) go to a chain that counts and judges.
+
+    `only` is a further match, for packets that are not to be looked at.
+    """
     choice = f"goto {TAKEN}" if numbers is None else nft.choose(numbers, TAKEN)
-    rule = f"{nft.from_hosts(addresses)} {choice}"
+    rule = " ".join(part for part in (nft.from_hosts(addresses), only, choice) if part)
     return f" chain {TAKEN} {{\n  counter {verdict}\n }}\n{nft.incoming([rule])}"

@@ -136,7 +136,9 @@ class RunContainer:
             self.handle.pause()
 
     def unpause(self) -> None:
-        """Thaws it."""
+        """Thaws it, if it is frozen."""
+        if not self._state()["Paused"]:
+            return
         with told(f"the container {self.name} cannot be unpaused"):
             self.handle.unpause()
 
@@ -184,7 +186,10 @@ class RunContainer:
             self._network.disconnect(self.handle)
 
     def connect(self) -> None:
-        """Puts it back, with the same address; the interface is a new one, and counts from 0."""
+        """Puts it back, with the same address; the interface is a new one, and counts from 0. If it is off."""
+        self._state()
+        if self._network.name in self.handle.attrs["NetworkSettings"]["Networks"]:
+            return
         with told(f"{self.name} cannot be connected"):
             self._network.connect(self.handle, ipv4_address=self.address)
 
