@@ -29,6 +29,10 @@ class Hosts(Model):
     context_source: Annotated[str, Field(pattern=CONTEXT)] = ""
     context_dest: Annotated[str, Field(pattern=CONTEXT)] = ""
 
+    def context_of(self, origin: str) -> str:
+        """The Docker context of a host."""
+        return self.context_dest if origin == "dest" else self.context_source
+
     @property
     def encrypted(self) -> bool:
         """Whether the link between the hosts is encrypted."""

@@ -54,7 +54,7 @@ class RunContainer:
         self._network = network
 
     @classmethod
-    def run(
+    def make(
         cls,
         engine: Engine,
         image: str,
@@ -64,10 +64,10 @@ class RunContainer:
         network: Any,
         address: str,
         labels: Mapping[str, str],
-        mounts: Mapping[Path, str],
+        mounts: Mapping[str, str],
         ports: Mapping[int, int | None],
     ) -> RunContainer:
-        """Makes and starts it. Raises RunBrokenError."""
+        """Makes it; `begin` starts it. Raises RunBrokenError."""
         hosts = scenario.hosts
         limits: dict[str, Any] = {}
         if hosts.memory:
@@ -89,7 +89,7 @@ class RunContainer:
                 read_only=True,
                 tmpfs={"/tmp": "size=64m,mode=1777"} | _unshared(mounts),  # noqa: S108 - the container's own
                 devices=[f"{DEVICE}:{DEVICE}:rw"] if has_device else [],
-                volumes={str(here): {"bind": there, "mode": "rw"} for here, there in mounts.items()},
+                volumes={here: {"bind": there, "mode": "rw"} for here, there in mounts.items()},
                 ports={f"{inside}/tcp": outside for inside, outside in ports.items()},
                 network=network.name,
                 networking_config={
@@ -99,13 +99,7 @@ class RunContainer:
                 pids_limit=PIDS_MAX,
                 **limits,
             )
-        made = cls(engine, container, network, address)
-        try:
-            made.begin()
-        except RunBrokenError:
-            made.remove()
-            raise
-        return made
+        return cls(engine, container, network, address)
 
     @property
     def name(self) -> str:
@@ -121,6 +115,14 @@ class RunContainer:
     def pid(self) -> int:
         """Its first process, as this machine knows it; 0 when it does not run or is elsewhere."""
         return int(self._state()["Pid"]) if self.engine.local else 0
+
+    def published(self, port: int) -> int:
+        """The port of the engine's machine that leads to this one of the container."""
+        self._state()
+        found = (self.handle.attrs["NetworkSettings"]["Ports"] or {}).get(f"{port}/tcp")
+        if not found:
+            raise RunBrokenError(f"{self.name} does not publish port {port}: does its network allow it?")
+        return int(found[0]["HostPort"])
 
     def begin(self) -> None:
         """Starts it and opens the device to its user."""
@@ -220,7 +222,7 @@ def _quota(cpus: float) -> dict[str, int]:
     return {"cpu_period": PERIOD_US, "cpu_quota": int(cpus * PERIOD_US) or UNLIMITED}
 
 
-def _unshared(mounts: Mapping[Path, str]) -> dict[str, str]:
+def _unshared(mounts: Mapping[str, str]) -> dict[str, str]:
     """Where no directory of this machine can be shared the container has its own: sockets in memory."""
     if INSIDE in mounts.values():
         return {}

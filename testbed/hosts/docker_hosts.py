@@ -1,7 +1,7 @@
 """Hosts as containers of a Docker engine, on a network that the run makes for itself.
 
-Rule 1: a host is one container with a node process and a guest agent; directories and sockets of this machine are
-        shared with it, so that its control channel is a unix socket that no fault of the network touches.
+Rule 1: a host is one container with a node process and a guest agent. Its control channel is no network: a unix
+        socket that is shared with this machine, or the engine's own connection (sharing.py).
 Rule 2: everything that is made carries the run's labels and is removed when the run ends, in reverse; what a kill
         of this process leaves is found by those labels (`ballast clean`).
 Rule 3: a process that ended by itself is a fact in the history, and so is memory that was spent.
@@ -9,31 +9,30 @@ Rule 3: a process that ended by itself is a fact in the history, and so is memor
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Final, Self
-
-from docker.errors import APIError
-from docker.types import IPAMConfig, IPAMPool
+from typing import TYPE_CHECKING, Any, Self
 
 from testbed.certificates import make_run_authority
 from testbed.errors import RunBrokenError
-from testbed.hosts import labels, leftovers, subnets
+from testbed.hosts import labels, leftovers
 from testbed.hosts.command_lines import Places, agent_arguments, node_arguments, write_workloads
 from testbed.hosts.container import DATA, TLS, RunContainer, inside_user
 from testbed.hosts.container_process import INSIDE, ContainerProcess
-from testbed.hosts.engine import Engine, connect, innermost, told
+from testbed.hosts.docker_network import MIGRATION_PORT, RunNetwork
+from testbed.hosts.engine import Engine, connect
 from testbed.hosts.image import ensure
 from testbed.hosts.local import END_S, HURRY_S, SERVE_S
-from testbed.hosts.port import SHORT_NAMES, origins_of
+from testbed.hosts.port import SHORT_NAMES
+from testbed.hosts.sharing import CopiedVolumes, SharedDirectories, Sharing
 from testbed.node_client import NodeClient
 from testbed.units import format_bytes
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from testbed.certificates import PemFiles
@@ -42,10 +41,6 @@ if TYPE_CHECKING:
     from testbed.interrupt import Interrupt
     from testbed.run_dir import RunDir
     from testbed.scenario import Scenario
-
-MIGRATION_PORT: Final = 7601
-SUBNET_TRIES: Final = 16
-FIRST_HOST: Final = 2  # of a subnet's addresses; the engine's bridge has the one before
 
 
 @dataclass(slots=True)
@@ -89,6 +84,9 @@ class DockerHosts:
             make_run_authority(run_id, runtime.path / "tls") if scenario.hosts.encrypted else None
         )
         self._stack = ExitStack()
+        self._images: dict[str, str] = {}  # by engine
+        self._engines: dict[Origin, Engine] = {}
+        self._sharings: dict[Origin, Sharing] = {}
         self.hosts: dict[Origin, DockerHost] = {}
 
     @property
@@ -102,21 +100,15 @@ class DockerHosts:
         return self.hosts["dest"]
 
     def collect(self) -> None:
-        """Nothing to do: the containers write into directories of the run."""
+        """Brings what the agents have written so far into the run directory."""
+        for origin, host in self.hosts.items():
+            self._sharings[origin].collect(host.container)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            engine = connect(self._scenario.hosts.context_source)
-            stack.callback(engine.close)
-            leftovers.write_down(self._runtime.path, [self._scenario.hosts.context_source])
-            image = ensure(engine.client, self._history.note)
-            network, addresses = self._make_network(engine)
-            stack.callback(self._remove_network, network)
-            stack.callback(self._own_again)
-            for origin, address in reversed(addresses.items()):
-                self.hosts[origin] = self._start(
-                    stack, origin, engine=engine, image=image, network=network, address=address
-                )
+            networks = self._connect(stack)
+            for origin in reversed(self._scenario.origins):
+                self.hosts[origin] = self._start(stack, origin, networks)
             for host in self.hosts.values():
                 self._wait_for(host)
             self._stack = stack.pop_all()
@@ -127,91 +119,104 @@ class DockerHosts:
     ) -> None:
         self._stack.close()
 
-    # -- network -------------------------------------------------------------------------------
+    # -- engines and networks ------------------------------------------------------------------
 
-    def _make_network(self, engine: Engine) -> tuple[Any, dict[Origin, str]]:
-        """An internal bridge; the engine has the last word on which subnets are free."""
-        taken = [*subnets.of_engine(engine.client.networks.list()), *subnets.of_routes()]
-        refusals: list[str] = []
-        for subnet, _ in zip(subnets.candidates(taken, self._run_id), range(SUBNET_TRIES), strict=False):
-            pool = IPAMPool(subnet=str(subnet), gateway=str(subnet[1]))
-            try:
-                network = engine.client.networks.create(
-                    f"ballast-{self._run_id}",
-                    driver="bridge",
-                    internal=True,
-                    labels=labels.of_run(self._run_id, self._runtime.path),
-                    ipam=IPAMConfig(pool_configs=[pool]),
-                    options={"com.docker.network.bridge.name": f"blst-{self._run_id}"},
-                )
-            except APIError as error:  # another run was faster
-                refusals.append(innermost(error))
-                continue
-            self._history.note("network_made", network=network.name, subnet=str(subnet))
-            origins = origins_of(self._scenario)
-            return network, {origin: str(subnet[FIRST_HOST + index]) for index, origin in enumerate(origins)}
-        raise RunBrokenError(
-            f"the run's network cannot be made: {'; '.join(refusals) or 'no subnet is free'}"
-        )
-
-    def _remove_network(self, network: Any) -> None:
-        with told(f"the network {network.name} cannot be removed"):
-            network.remove()
+    def _connect(self, stack: ExitStack) -> dict[Origin, RunNetwork]:
+        """The network of each host: the same one for all, unless two engines were named."""
+        contexts = {origin: self._scenario.hosts.context_of(origin) for origin in self._scenario.origins}
+        leftovers.write_down(self._runtime.path, sorted(set(contexts.values())))
+        engines: dict[str, Engine] = {}
+        for context in dict.fromkeys(contexts.values()):
+            engines[context] = connect(context)
+            stack.callback(engines[context].close)
+        by_id: dict[str, list[Origin]] = {}
+        for origin, context in contexts.items():
+            by_id.setdefault(engines[context].engine_id, []).append(origin)
+        networks: dict[Origin, RunNetwork] = {}
+        for number, origins in enumerate(by_id.values()):
+            engine = engines[contexts[origins[0]]]
+            self._images[engine.engine_id] = ensure(engine.client, self._history.note)
+            network = RunNetwork(
+                engine, self._run_id, alone=len(by_id) == 1, number=number, origins=origins,
+                labels=labels.of_run(self._run_id, self._runtime.path), history=self._history,
+            )  # fmt: skip
+            stack.callback(network.remove)
+            networks |= dict.fromkeys(origins, network)
+        self._engines = {origin: engines[context] for origin, context in contexts.items()}
+        return networks
 
     # -- hosts ---------------------------------------------------------------------------------
 
-    def _start(
-        self, stack: ExitStack, origin: Origin, *, engine: Engine, image: str, network: Any, address: str
-    ) -> DockerHost:
-        mounts, tls = self._directories(origin)
-        container = RunContainer.run(
-            engine, image, f"ballast-{self._run_id}-{SHORT_NAMES[origin]}",
-            scenario=self._scenario, network=network, address=address,
-            labels=labels.of_run(self._run_id, self._runtime.path, origin),
-            mounts=mounts, ports={},
+    def _start(self, stack: ExitStack, origin: Origin, networks: Mapping[Origin, RunNetwork]) -> DockerHost:
+        network, engine = networks[origin], self._engines[origin]
+        sharing, tls = self._share(origin, engine)
+        stack.callback(sharing.close)
+        self._sharings[origin] = sharing
+        container = RunContainer.make(
+            engine, self._images[engine.engine_id], self._name(origin),
+            scenario=self._scenario, network=network.handle, address=network.addresses[origin],
+            labels=self._labels(origin), mounts=sharing.mounts, ports=network.ports,
         )  # fmt: skip
         stack.callback(container.remove)
-        self._history.note("container_started", host=origin, container=container.name, address=address)
-        client = NodeClient(
-            origin, f"unix:{self._runtime.path / SHORT_NAMES[origin] / 'control.sock'}", self._history
+        sharing.fill(container)
+        container.begin()
+        sharing.open(container)
+        self._history.note(
+            "container_started", host=origin, container=container.name, address=container.address
         )
-        migration_address = f"{address}:{MIGRATION_PORT}"
+        others = [other for other in networks.values() if other is not network]
+        reached_at = functools.partial(network.reached_at, origin, container, others[0] if others else None)
+        host = self._begin_processes(stack, origin, container, tls, sharing.control)
+        host.migration_address = reached_at()
+        container.on_start = lambda: self._start_again(host, reached_at)
+        stack.callback(self._end_processes, host, sharing)
+        stack.callback(host.client.close)
+        stack.callback(self._end_node, host)
+        return host
+
+    def _begin_processes(
+        self, stack: ExitStack, origin: Origin, container: RunContainer, tls: PemFiles | None, control: str
+    ) -> DockerHost:
         places = _places()
         agent = self._process(f"{origin}-agent", container, lambda again: agent_arguments(
             self._scenario, origin, places, standby=again or origin != "source"
         ))  # fmt: skip
+        stack.callback(agent.join)
         node = self._process(f"{origin}-node", container, lambda _: node_arguments(
-            self._scenario, origin, places, migration_address=migration_address,
+            self._scenario, origin, places, migration_address=f"{container.address}:{MIGRATION_PORT}",
             tls_dir=None if tls is None else PurePosixPath(TLS),
         ))  # fmt: skip
+        client = NodeClient(origin, control, self._history)
+        server_name = "" if tls is None else tls.server_name
         host = DockerHost(
-            origin, node, agent, client, container, migration_address,
-            server_name="" if tls is None else tls.server_name,
-        )  # fmt: skip
+            origin, node, agent, client, container, migration_address="", server_name=server_name
+        )
         node.wait_until_ready = lambda: self._wait_until_serving(host)
-        container.on_start = lambda: self._start_again(host)
-        stack.callback(self._end_processes, host)
-        stack.callback(client.close)
-        stack.callback(self._end_node, host)
         return host
 
-    def _directories(self, origin: Origin) -> tuple[dict[Path, str], PemFiles | None]:
-        """What the container shares with this machine, sockets and evidence, and its certificate."""
-        shared = self._runtime.path / SHORT_NAMES[origin]
+    def _share(self, origin: Origin, engine: Engine) -> tuple[Sharing, PemFiles | None]:
+        """Sockets, evidence and certificate of a host."""
         data = self._run_dir.node(origin)
-        for path in (shared, data):
-            path.mkdir(mode=0o700)
+        data.mkdir(mode=0o700)
         if origin == "source":
             write_workloads(self._scenario, data / "workloads.json")
         for kind in ("beats", "oracle"):
             self._run_dir.artefact(f"{origin}.{kind}").symlink_to(f"../nodes/{origin}/{kind}")
-        mounts = {shared: INSIDE, data: DATA}
         tls = None if self._authority is None else self._authority.issue(SHORT_NAMES[origin])
-        if tls is not None:
-            mounts[tls.directory] = TLS
-        for path in [*mounts, *(file for directory in mounts for file in directory.iterdir())]:
-            _give(path, inside_user())
-        return mounts, tls
+        certificates = None if tls is None else tls.directory
+        if engine.local:
+            sockets = self._runtime.path / SHORT_NAMES[origin]
+            return SharedDirectories(sockets, data, certificates), tls
+        return CopiedVolumes(
+            engine, self._name(origin), relay_path=self._runtime.socket(f"{SHORT_NAMES[origin]}.control"),
+            data=data, tls=certificates, labels=self._labels(origin),
+        ), tls  # fmt: skip
+
+    def _name(self, origin: Origin) -> str:
+        return f"ballast-{self._run_id}-{SHORT_NAMES[origin]}"
+
+    def _labels(self, origin: Origin) -> dict[str, str]:
+        return labels.of_run(self._run_id, self._runtime.path, origin)
 
     def _process(self, name: str, container: RunContainer, command: Any) -> ContainerProcess:
         user = inside_user()
@@ -243,9 +248,10 @@ class DockerHosts:
         except RunBrokenError as error:
             raise RunBrokenError(f"{error}: {host.node.last_words() or 'it said nothing'}") from None
 
-    def _start_again(self, host: DockerHost) -> None:
+    def _start_again(self, host: DockerHost, reached_at: Callable[[], str]) -> None:
         for process in (host.agent, host.node):
             process.restart()
+        host.migration_address = reached_at()  # a published port is another one now
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -265,12 +271,13 @@ class DockerHosts:
         host.node.wait(END_S)
         host.client.wait_for_last_event(HURRY_S)
 
-    def _end_processes(self, host: DockerHost) -> None:
+    def _end_processes(self, host: DockerHost, sharing: Sharing) -> None:
         """All of the container ends at once; the agents wrote everything as it happened."""
         if host.container.alive:
             host.container.kill()
         for process in (host.node, host.agent):
             process.join()
+        sharing.collect(host.container)
 
     def _started(self, process: ContainerProcess) -> None:
         self._history.note("process_started", process=process.name, pid=process.pid)
@@ -298,13 +305,6 @@ class DockerHosts:
         self._history.note("out_of_memory", container=container.name, kills=kills, limit_bytes=limit_bytes)
         return f"the container's memory of {format_bytes(limit_bytes)} was spent (hosts.memory)"
 
-    def _own_again(self) -> None:
-        """What the containers wrote belongs to the user of the run afterwards."""
-        for origin in self.hosts:
-            directory = self._run_dir.node(origin)
-            for path in (directory, *directory.rglob("*")):
-                _give(path, os.getuid())
-
 
 def _places() -> Places:
     """As the processes inside see them; the same in every container."""
@@ -319,8 +319,3 @@ def _places() -> Places:
         markers=data / "markers.json",
         workloads=data / "workloads.json",
     )
-
-
-def _give(path: Path, user: int) -> None:
-    if os.getuid() == 0 and not path.is_symlink():
-        os.chown(path, user, user)

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 CALL_S: Final = 60
 LOOK_S: Final = 3
+CONNECTIONS_MAX: Final = 64  # each process of a run keeps one for its output
 UNIX: Final = "unix://"
+LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 DEFAULT_SOCKET: Final = "unix:///var/run/docker.sock"  # the engine's own default
 HOW_TO_GET_ONE: Final = (
     "start a Docker engine (as root: apt-get install docker.io iptables), or set DOCKER_HOST"
@@ -57,7 +59,8 @@ class Engine:
     @property
     def machine(self) -> str:
         """The machine's name or address, for those who connect to ports that it publishes; "" for this one."""
-        return "" if self.local else urlsplit(self.address).hostname or ""
+        name = "" if self.local else urlsplit(self.address).hostname or ""
+        return "" if name in LOOPBACK else name
 
     def close(self) -> None:
         """Gives the connections back."""
@@ -78,6 +81,7 @@ def connect(context: str = "", *, timeout_s: int = CALL_S) -> Engine:
             base_url=address,
             version="auto",
             timeout=timeout_s,
+            max_pool_size=CONNECTIONS_MAX,
             tls=tls,
             use_ssh_client=address.startswith("ssh://"),
         )
@@ -127,12 +131,11 @@ def _endpoint(context: str) -> tuple[str, TLSConfig | bool]:
         ca = str(folder / "ca.pem") if verify else None
         return chosen, TLSConfig(client_cert=certificates, ca_cert=ca, verify=verify)
     try:
-        found: Any = ContextAPI.get_context(context or None)
+        found: Any = ContextAPI.get_context(context or os.environ.get("DOCKER_CONTEXT") or None)
     except Exception as error:  # the SDK lets errors of broken contexts out as they come
         raise UsageError(f"the Docker context '{context or 'current'}' cannot be read: {error}") from error
     if found is None:
-        known = ", ".join(sorted(one.Name for one in ContextAPI.contexts()))
-        raise UsageError(f"there is no Docker context '{context}'; known: {known} (docker context ls)")
+        raise UsageError(f"there is no Docker context '{context}'; 'docker context ls' lists them")
     return str(found.Host or DEFAULT_SOCKET).replace("http+unix://", UNIX), found.TLSConfig or False
 
 

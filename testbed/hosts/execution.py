@@ -7,6 +7,7 @@ Rule 2: the connection is closed here: the SDK leaves that of an exec to the gar
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +17,7 @@ from docker.utils.socket import frames_iter
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+STDOUT: Final = 1
 STATUS_S: Final = 5.0
 LOOK_S: Final = 0.005
 
@@ -23,18 +25,35 @@ LOOK_S: Final = 0.005
 class Execution:
     """A started command. Errors are the SDK's own."""
 
-    def __init__(self, container: Any, command: Sequence[str], *, user: str = "") -> None:
+    def __init__(
+        self, container: Any, command: Sequence[str], *, user: str = "", takes_input: bool = False
+    ) -> None:
         self._api = container.client.api
-        self._id = str(self._api.exec_create(container.id, list(command), user=user)["Id"])
+        made = self._api.exec_create(container.id, list(command), user=user, stdin=takes_input)
+        self._id = str(made["Id"])
         self._socket = self._api.exec_start(self._id, socket=True)
+        # Of a plain connection the SDK gives only a stream; its socket is below.
+        self._real = getattr(self._socket, "_sock", None) or self._socket
 
     def output(self) -> Iterator[bytes]:
         """Standard output and error, mixed; ends with the command and closes the connection."""
+        return (piece for _, piece in self.frames())
+
+    def frames(self) -> Iterator[tuple[int, bytes]]:
+        """The same with the number of the stream: STDOUT or 2."""
         try:
-            for _, piece in frames_iter(self._socket, tty=False):
-                yield piece
+            yield from frames_iter(self._socket, tty=False)
         finally:
             self._close()
+
+    def write(self, data: bytes) -> None:
+        """To its standard input. Raises OSError when it has ended."""
+        self._real.sendall(data)
+
+    def end_input(self) -> None:
+        """Its standard input ends."""
+        with contextlib.suppress(OSError):
+            self._real.shutdown(socket.SHUT_WR)
 
     def pid(self) -> int:
         """Of the command on the engine's machine; 0 while the engine does not say."""
@@ -51,9 +70,8 @@ class Execution:
         return None
 
     def _close(self) -> None:
-        underneath = getattr(self._socket, "_sock", None)  # of a unix socket the SDK gives only the stream
         response = getattr(self._socket, "_response", None)
-        for part in (response, self._socket, underneath):
+        for part in (response, self._socket, self._real):
             if part is not None:
                 with contextlib.suppress(OSError):
                     part.close()

@@ -3,6 +3,8 @@
 Rule 1: the guest is tiny; what a test needs more of it says by overrides.
 """
 
+from testbed.clean import look
+from testbed.hosts.leftovers import LeftObject
 from tests.live.runs import TINY, Bed, scenario
 
 DOCKER = ("hosts.kind=docker",)
@@ -18,8 +20,19 @@ def module_bed(out, *overrides):
     return Bed(out, tiny(*overrides))
 
 
-def left_in(engine, run_id=None):
-    """Names of containers and networks with a run's labels, of one run or of all."""
-    chosen = {"label": "ballast.run" if run_id is None else f"ballast.run={run_id}"}
-    containers = engine.client.containers.list(all=True, filters=chosen)
-    return sorted(found.name for found in (*containers, *engine.client.networks.list(filters=chosen)))
+def objects_of(engine, run_id):
+    """Names of the containers, networks and volumes with this run's label."""
+    chosen = {"label": f"ballast.run={run_id}"}
+    found = [
+        *engine.client.containers.list(all=True, filters=chosen),
+        *engine.client.networks.list(filters=chosen),
+        *engine.client.volumes.list(filters=chosen),
+    ]
+    return sorted(one.name for one in found)
+
+
+def left_behind():
+    """What runs that are over left in the engine; runs of others that are under way do not count."""
+    found, problems = look()
+    assert not problems
+    return {str(left) for left in found if isinstance(left, LeftObject)}
