@@ -39,11 +39,16 @@ NOTHING_PACKED = PackingOrder()
 WINDOW_CHUNKS = 16  # over all streams: 64 MiB at most between guest RAM and the destination's
 PACED_CHUNK_S = 0.05  # of the limit's bytes: what goes at a time, so that a slow limit is kept smoothly
 PACED_PAGES_MIN = 16
+STREAMS_CHOSEN_MAX = 4  # beyond it one interpreter at each end is what limits
 
 
 def default_streams(cores: int) -> int:
-    """How many streams a host with so many cores opens: a stream keeps about one core of its host busy."""
-    return min(max(cores, 1), 4)
+    """How many streams a host with so many cores opens.
+
+    One keeps about two cores busy, one at each end; another one costs the interpreters' locks a tenth more CPU for
+    the same pages, which is lost where both hosts share the cores, and won where cores are idle.
+    """
+    return min(max(cores // 2, 1), STREAMS_CHOSEN_MAX)
 
 
 class StreamListener(Protocol):

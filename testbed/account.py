@@ -129,8 +129,11 @@ def account_of(record: RunRecord) -> Account | None:
     if counts is None:
         return None
     account = explain(counts)
-    promised = getattr(getattr(record.scenario, "link", None), "offload", None)
-    problems = [*account.problems, *_link_problems(account, promised, counts), *_outside_problems(record)]
+    problems = [
+        *account.problems,
+        *_link_problems(account, counts, offload=record.scenario.link.offload),
+        *_outside_problems(record),
+    ]
     return account.model_copy(update={"problems": problems})
 
 
@@ -304,11 +307,11 @@ def _on_a_cable(counts: Counts) -> int:
     return counts.tcp["tx_bytes"] + counts.tcp.get("tx_segments", 0) * headers
 
 
-def _link_problems(account: Account, promised: object, counts: Counts) -> Iterator[str]:
+def _link_problems(account: Account, counts: Counts, *, offload: bool) -> Iterator[str]:
     interface = counts.interface
     if interface is None:
         return
-    if promised is False and account.offload:
+    if not offload and account.offload:
         yield "link.offload = false, and the interface is handed packets larger than its MTU all the same"
     if account.packets_forward and account.offload is False:
         mean = account.wire_forward_bytes / account.packets_forward

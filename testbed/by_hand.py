@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 LOOK_S: Final = 2.0
 GUEST_STATES: Final = ("running", "paused")  # of a host that has the guest
 SCHEDULE_KEYS: Final = ("at", "for")
+BY_HAND: Final = "by hand"
 OVERRIDE_SECTION: Final = "migration."
 OUTCOMES: Final = ("completed", "rehearsal", "cancelled", "failed", "guest_lost")
 
@@ -67,7 +68,7 @@ class ByHand:
         self._run = str(manifest["run"])
         self._legs: list[Leg] = []
         self._faults: dict[int, InForce] = {}
-        self._fault_number = 0
+        self._fault_number = len(self._scenario.fault)  # the scenario's own come first
         self._faults_lock = threading.Lock()
 
     @property
@@ -169,10 +170,14 @@ class ByHand:
             except FaultError as error:
                 raise RunBrokenError(f"fault {kind}: {error}") from error
             in_force = self._faults[number] = InForce(number, fault, applied)
-        self._session.history.note("fault_applied", **_fields(in_force))
+        parameters = in_force.describe()["parameters"]
+        self._session.history.note(
+            "fault_applied",
+            fault=number, kind=kind, host=fault.origin, at=BY_HAND, parameters=parameters,
+        )  # fmt: skip
         return {"session": str(self._session.run_dir.path), "fault": in_force.describe()}
 
-    def heal_fault(self, number: int) -> dict[str, Any]:
+    def heal_fault(self, number: int, why: str = BY_HAND) -> dict[str, Any]:
         """Undoes it. Raises UsageError, RunBrokenError."""
         with self._faults_lock:
             in_force = self._faults.get(number)
@@ -186,16 +191,23 @@ class ByHand:
                     f"fault {in_force.fault.kind}: it could not be healed: {error}"
                 ) from error
             del self._faults[number]
-        self._session.history.note("fault_healed", **_fields(in_force), counted=counted)
+        fault = in_force.fault
+        self._session.history.note(
+            "fault_healed", fault=number, kind=fault.kind, host=fault.origin, why=why, **counted
+        )
         return {"fault": in_force.describe(), "counted": counted}
 
     def heal_all(self) -> None:
         """At the end of the session; what cannot be healed is told, and the rest is."""
-        for number in list(self._faults):
+        for number, in_force in list(self._faults.items()):
+            kind = in_force.fault.kind
+            if not in_force.fault.heals_at_the_end:
+                self._faults.pop(number)
+                continue
             try:
-                self.heal_fault(number)
+                self.heal_fault(number, "the session ends")
             except RunBrokenError as error:
-                self._session.history.note("fault_not_healed", id=number, reason=str(error))
+                self._session.history.note("fault_failed", fault=number, kind=kind, reason=str(error))
                 self._faults.pop(number, None)
 
     def _refuse_what_cannot_be(self, fault: Fault) -> None:
@@ -203,6 +215,11 @@ class ByHand:
         if host is None:
             known = ", ".join(self._session.hosts.hosts)
             raise UsageError(f"fault {fault.kind}: there is no host {fault.origin!r} here, only {known}")
+        if fault.rebuilds_network and self._scenario.link.shaped:
+            raise UsageError(
+                f"fault {fault.kind} makes a new interface, which would lack what [link] says: "
+                "leave [link] out and add its faults by hand"
+            )
         if fault.scope == "network" and host.network_pid is None:
             raise MachineCannotError(
                 f"fault {fault.kind} needs hosts with a network of their own: `ballast up --hosts docker`"
@@ -254,11 +271,6 @@ class ByHand:
             "held_pages": status.held_pages,
             "operations": status.operations,
         }
-
-
-def _fields(in_force: InForce) -> dict[str, Any]:
-    described = in_force.describe()
-    return {**described, "host": in_force.fault.origin}
 
 
 def _explained(kind: str, problem: Any) -> str:

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 VERDICT_STYLES: Final = {"valid": "bold green", "invalid": "bold red", "unknown": "bold yellow"}
 REASONS_SHOWN: Final = 8
+RECONCILED: Final = (
+    "completed",
+    "rehearsal",
+)  # of a torn migration nobody can say which layer its bytes are of
 BLACKOUT_NOTE: Final = (
     "blackout: what the guest itself saw; with integrity = full it stands still while its memory is hashed"
 )
@@ -125,7 +129,7 @@ def run_report(result: Result) -> RenderableType:
     facts.add_row("memory", _integrity(result))
     facts.add_row("recorded in", result.run_dir)
     parts: list[RenderableType] = [rounds] if result.rounds else []
-    if result.account is not None:
+    if result.account is not None and result.outcome in RECONCILED:
         parts.append(account_table(result.account))
     parts.append(facts)
     if result.reasons:

@@ -119,6 +119,20 @@ def test_gathering_outside_ram_is_an_error_and_not_another_page(ram):
         ram.gather(u64(PAGES), memoryview(bytearray(PAGE_BYTES)))
 
 
+def test_views_are_of_pages_that_are_there_and_make_none(ram):
+    data = bytes(range(256)) * (PAGE_BYTES // 256) * 4
+    ram.store(u64(0, 5), np.array([3, 1], np.uint32), memoryview(data))
+    count = np.array([3, 1], np.uint32)
+    views = ram.resident_views(u64(0, 5), count)
+    assert b"".join(views) == data
+    assert ram.resident_views(u64(2), np.array([2], np.uint32)) is None
+    ram.punch(1, 1)
+    assert ram.resident_views(u64(0, 5), count) is None
+    assert allocated_pages(ram) == 3
+    with pytest.raises(GuestMemoryError):
+        ram.resident_views(u64(PAGES), np.array([1], np.uint32))
+
+
 @pytest.mark.parametrize("memory_bytes", [0, -PAGE_BYTES, PAGE_BYTES + 1, 2 * PAGE_BYTES])
 def test_a_file_that_cannot_be_guest_ram_is_refused(memory_bytes):
     fd = os.memfd_create("short")

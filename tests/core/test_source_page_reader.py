@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from host.guest_memory import HostRam
@@ -48,6 +48,7 @@ PFNS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(pfns=PFNS, detects_zero=st.booleans(), round_index=st.integers(1, 2))
 def test_chunks_say_what_ram_holds(ram, pfns, detects_zero, round_index) -> None:
     content = content_of(ram)
