@@ -151,7 +151,8 @@ def ratios_of(series: dict[str, Series]) -> dict[str, float]:
         for name, one in series.items()
     }
     ours = [f"ballast {streams}" for streams in STREAMS]
-    ratios = {f"ratio_to_bare_{bare}": rates["ballast 1"] / rates[bare] for bare in (*BARE, "tcp")}
+    ratios = {f"ratio_to_bare_{bare}": rates["ballast 1"] / rates[bare] for bare in BARE}
+    ratios["ratio_to_tcp"] = rates["ballast 1"] / rates["tcp"]
     ratios["ratio_of_best_streams_to_bare_grpc"] = max(rates[name] for name in ours) / rates["grpc"]
     ratios |= {f"cpu_ratio_to_bare_{bare}": cpu[bare] / cpu["ballast 1"] for bare in BARE}
     ratios["cpu_ratio_of_best_streams_to_bare_grpc"] = cpu["grpc"] / min(cpu[name] for name in ours)

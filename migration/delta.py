@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migration.errors import RemoteProtocolError
-from migration.pages import PAGE_BYTES, BoolArray, U64Array, pfns_of
+from migration.pages import PAGE_BYTES, U64Array, pfns_of
 
 WORD_BYTES = 8
 PAGE_WORDS = PAGE_BYTES // WORD_BYTES
@@ -52,30 +52,30 @@ class Deltas:
         return b"".join((head, *(column.astype("<u2").tobytes() for column in columns)))
 
 
-def differences(new: U64Array, old: U64Array) -> tuple[BoolArray, I64Array, I64Array]:
-    """Of pages of shape (pages, 512): the changed words, and per page the bytes and the spans of a delta."""
-    changed: BoolArray = new != old
-    starts = changed.copy()
-    starts[:, 1:] &= ~changed[:, :-1]
-    spans = np.count_nonzero(starts, axis=1)
-    size = np.count_nonzero(changed, axis=1) * WORD_BYTES + spans * ENTRY_BYTES + ENTRY_BYTES
-    return changed, size, spans
+def encode(places: I64Array, new: U64Array, old: U64Array) -> tuple[Deltas, U64Array, int]:
+    """The deltas from `old` to `new` (pages, 512), of those pages for which one is worth sending.
 
-
-def paying(size: I64Array, spans: I64Array) -> BoolArray:
-    """Which deltas are worth sending instead of their page."""
-    return (size <= DELTA_BYTES_MAX) & (spans <= SPANS_MAX)
-
-
-def encode(places: I64Array, new: U64Array, changed: BoolArray) -> tuple[Deltas, U64Array]:
-    """The deltas of the pages `new` (pages, 512) whose words `changed`, and these words, page by page."""
-    edges = np.zeros((len(new), PAGE_WORDS + 1), np.int8)
-    edges[:, :-1] += changed
-    edges[:, 1:] -= changed
-    page, first = np.nonzero(edges == 1)
-    _, end = np.nonzero(edges == -1)
-    spans = np.bincount(page, minlength=len(new))
-    return Deltas(places, spans, first, end - first), new[changed]
+    Returns:
+        The deltas, at their pages' `places`; their words as they are now, page by page; and how many bytes less
+        they have than their pages.
+    """
+    changed = new != old
+    few = np.flatnonzero(np.count_nonzero(changed, axis=1) * WORD_BYTES <= DELTA_BYTES_MAX)
+    at = np.flatnonzero(changed[few])  # of all changed words, page after page
+    page = at // PAGE_WORDS
+    begins = np.ones(at.size, np.bool_)
+    begins[1:] = (at[1:] - at[:-1] != 1) | (page[1:] != page[:-1])
+    spans = np.bincount(page[begins], minlength=few.size)
+    size = np.bincount(page, minlength=few.size) * WORD_BYTES + spans * ENTRY_BYTES + ENTRY_BYTES
+    pays = (size <= DELTA_BYTES_MAX) & (spans <= SPANS_MAX)
+    if not pays.all():
+        kept = pays[page]
+        at, begins = at[kept], begins[kept]  # whole pages go: what begins a span still does
+    starts = np.flatnonzero(begins)
+    words = np.diff(starts, append=at.size)
+    chosen = few[pays]
+    deltas = Deltas(places[chosen], spans[pays], at[starts] % PAGE_WORDS, words)
+    return deltas, new[few].reshape(-1)[at], chosen.size * PAGE_BYTES - int(size[pays].sum())
 
 
 def parse(field: bytes, *, data_pages: int) -> Deltas:

@@ -16,7 +16,6 @@ from migration import delta
 from migration.codec import UNPACKED, Packing
 from migration.compression import ENCODINGS, Compressor
 from migration.packing import pack
-from migration.pages import PAGE_BYTES
 from source_node.delta_cache import DeltaCache, no_slots
 
 if TYPE_CHECKING:
@@ -89,19 +88,15 @@ class Packer:
         if round_index > 1:
             self.deltas.misses += len(pfns) - places.size
         if places.size:
-            changed, size, spans = delta.differences(new[places], cache.versions(pfns[places]))
-            pays = delta.paying(size, spans)
-            places = places[pays]
-            if places.size:
-                deltas, words = delta.encode(places, new[places], changed[pays])
-                self.deltas.pages += places.size
-                self.deltas.bytes_saved += places.size * PAGE_BYTES - int(size[pays].sum())
+            deltas, words, saved = delta.encode(places, new[places], cache.versions(pfns[places]))
+            self.deltas.pages += deltas.places.size
+            self.deltas.bytes_saved += saved
         cache.keep(pfns, new)
         self.deltas.evicted = cache.evicted
-        if deltas is None:
+        if deltas is None or not deltas.places.size:
             return pages, None, NO_WORDS
         is_raw = np.ones(len(pfns), np.bool_)
-        is_raw[places] = False
+        is_raw[deltas.places] = False
         return pages[is_raw], deltas, words
 
 

@@ -22,7 +22,7 @@ from migration.codec import (
     verify,
 )
 from migration.compression import PAUSE_CHUNKS_MIN, TRIES_MAX, Compressor, decompress
-from migration.delta import PAGE_WORDS, SPANS_MAX
+from migration.delta import DELTA_BYTES_MAX, PAGE_WORDS, SPANS_MAX
 from migration.errors import RemoteProtocolError
 from migration.packing import pack, unpack
 from migration.pages import PAGE_BYTES, runs_of
@@ -88,38 +88,42 @@ def changed_pages(older, changes):
     return newer
 
 
+def encoded(newer, older, gap=0):
+    places = np.arange(gap, gap + len(newer))
+    return delta.encode(places, newer.view(np.uint64), older.view(np.uint64))
+
+
+def pays(words):
+    """Whether a page with these changed words goes as a delta, word by word."""
+    spans = sum(word - 1 not in words for word in words)
+    return spans <= SPANS_MAX and 8 * len(words) + 4 * spans + 4 <= DELTA_BYTES_MAX
+
+
 @UNHURRIED
 @given(changes(), st.integers(0, 3))
 def test_a_delta_applied_to_the_older_version_is_the_page(changes, gap) -> None:
     older = random_pages(len(changes))
     newer = changed_pages(older, changes)
-    changed, size, spans = delta.differences(newer.view(np.uint64), older.view(np.uint64))
-    assert [set(np.flatnonzero(row).tolist()) for row in changed] == changes
-    fits = np.flatnonzero(spans <= SPANS_MAX)
-    if not fits.size:
-        return
-    places = fits + gap
-    deltas, words = delta.encode(places, newer.view(np.uint64)[fits], changed[fits])
+    deltas, words, saved = encoded(newer, older, gap)
     field = deltas.to_bytes()
-    assert len(field) - 4 + words.nbytes == int(size[fits].sum())
+    places = deltas.places - gap
+    assert places.tolist() == [page for page, words in enumerate(changes) if pays(words)]
+    assert saved == places.size * PAGE_BYTES - (len(field) - 4) - words.nbytes
+    if not places.size:
+        return
     parsed = delta.parse(field, data_pages=len(changes) + gap)
-    assert parsed.places.tolist() == places.tolist()
+    assert parsed.places.tolist() == deltas.places.tolist()
     assert parsed.word_count == words.size
-    pages = older[fits].view(np.uint64).copy()
+    pages = older[places].view(np.uint64).copy()
     delta.apply(parsed, pages, words)
-    assert (pages.view(np.uint8) == newer[fits]).all()
+    assert (pages.view(np.uint8) == newer[places]).all()
 
 
 @UNHURRIED
 @given(changes(), st.data())
 def test_a_changed_delta_field_is_refused_or_stays_inside_its_pages(changes, data) -> None:
     older = random_pages(len(changes))
-    newer = changed_pages(older, changes)
-    changed, _, spans = delta.differences(newer.view(np.uint64), older.view(np.uint64))
-    fits = np.flatnonzero(spans <= SPANS_MAX)
-    if not fits.size:
-        return
-    deltas, _ = delta.encode(fits, newer.view(np.uint64)[fits], changed[fits])
+    deltas, _, _ = encoded(changed_pages(older, changes), older)
     field = bytearray(deltas.to_bytes())
     at = data.draw(st.integers(0, len(field) - 1))
     field[at] ^= data.draw(st.integers(1, 255))
