@@ -396,7 +396,8 @@ class Intake:
         assert request is not None, "no Prepare at hand"
         self._host.balloon.adopt_state(request.device, receiver.ram.pages)
         ballooned = self._host.balloon.ballooned(receiver.ram.pages)
-        give_back(receiver.ram, ballooned & (receiver.stored_hashes != 0))
+        if ballooned.any():
+            give_back(receiver.ram, ballooned & (receiver.stored_hashes != 0))
         self._restored = True  # from here on a failure must discard what the agent may hold
         device = {
             "features": request.device.features,

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from host.device_log import DeviceLog
-    from migration.pages import BoolArray
+    from migration.page_bits import PageBits
     from virtio.balloon_stats import GuestStatistics
 
 __all__ = ["BalloonServer", "DeviceState", "DeviceStatus", "HintBatch"]
@@ -171,9 +171,9 @@ class BalloonServer:
         """What the destination's device must carry on with. Complete once the rings are stopped."""
         return self._loop.call(self._device_state)
 
-    def ballooned(self, pages: int) -> BoolArray:
-        """The pages that are in the balloon and have no storage, a private mask (pages,)."""
-        return self._loop.call(lambda: self._queues.pages.ballooned.mask(pages))
+    def ballooned(self, pages: int) -> PageBits:
+        """The pages that are in the balloon and have no storage, of a guest of `pages` pages; a copy."""
+        return self._loop.call(lambda: self._queues.pages.ballooned.bits(pages))
 
     def disconnect(self) -> None:
         """End the connection of a guest that is gone; the next front-end may be another guest's."""
@@ -311,7 +311,7 @@ class BalloonServer:
             ring_bases=self._queues.ring_bases(),
         )
 
-    def _adopt(self, state: CarriesDeviceState, ballooned: BoolArray | None) -> None:
+    def _adopt(self, state: CarriesDeviceState, ballooned: PageBits | None) -> None:
         if self._connection is not None:
             raise DeviceNotReady("a guest is connected; its device cannot become another's")
         self._device.pages = PAGES_UNKNOWN

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migration.errors import RemoteProtocolError
-from migration.pages import mask_runs, set_runs
+from migration.page_bits import PageBits
 
 if TYPE_CHECKING:
     from host.balloon_server import BalloonServer
     from host.guest_memory import HostRam
-    from migration.pages import BoolArray, U64Array
+    from migration.pages import U64Array
 
 FAST = 1  # zlib's level: the guest stands still while the set is packed, and runs pack well at any level
 
@@ -28,62 +28,63 @@ class BalloonedPages:
     """A set of pages that grows with the highest page it was told of. One thread at a time."""
 
     def __init__(self) -> None:
-        self._mask: BoolArray = np.zeros(0, np.bool_)
+        self._bits = PageBits(0)
 
     def add(self, first: U64Array, count: U64Array) -> None:
         """These runs are in the balloon."""
         if first.size:
             end = int((first + count).max())
-            if end > self._mask.size:
-                self._mask = _of_size(self._mask, end)
-            set_runs(self._mask, first, count, value=True)
+            if end > self._bits.pages:
+                self._bits = self._bits.resized(end)
+            self._bits.add_runs(first, count)
 
     def remove(self, first: U64Array, count: U64Array) -> None:
         """These runs are the guest's again, whether or not they were in the balloon."""
-        known = np.uint64(self._mask.size)
+        known = np.uint64(self._bits.pages)
         inside = first < known
         first, count = first[inside], count[inside]
-        set_runs(self._mask, first, np.minimum(count, known - first), value=False)
+        self._bits.remove_runs(first, np.minimum(count, known - first))
 
-    def become(self, mask: BoolArray) -> None:
-        """Be this set; takes the mask over."""
-        self._mask = mask
+    def become(self, bits: PageBits) -> None:
+        """Be this set; takes it over."""
+        self._bits = bits
 
-    def mask(self, pages: int) -> BoolArray:
-        """A private copy, shape (pages,)."""
-        return _of_size(self._mask, pages)
+    def bits(self, pages: int) -> PageBits:
+        """A private copy, of a guest of `pages` pages."""
+        return self._bits.resized(pages)
 
 
-def ballooned_holes(balloon: BalloonServer, ram: HostRam) -> BoolArray | None:
+def ballooned_holes(balloon: BalloonServer, ram: HostRam) -> PageBits | None:
     """Of the pages in the balloon those that have no storage; None when there are none. For armed trackers."""
-    mask = balloon.ballooned(ram.pages)
-    if not mask.any():
+    held = balloon.ballooned(ram.pages)
+    if not held.any():
         return None
-    mask &= ~ram.populated()
-    return mask if mask.any() else None
+    holes = held.minus(ram.populated())
+    return holes if holes.any() else None
 
 
-def give_back(ram: HostRam, ballooned: BoolArray) -> None:
+def give_back(ram: HostRam, ballooned: PageBits) -> None:
     """Punch these pages: what was stored of them before the balloon took them is nobody's."""
-    first, count = mask_runs(ballooned)
+    first, count = ballooned.runs()
     for start, length in zip(first.tolist(), count.tolist(), strict=True):
         ram.punch(start, length)
 
 
-def pack(mask: BoolArray) -> bytes:
-    """A mask for the way to another host; b"" when nothing is set."""
-    return zlib.compress(np.packbits(mask).tobytes(), FAST) if mask.any() else b""
+def pack(bits: PageBits) -> bytes:
+    """A set for the way to another host; b"" when nothing is in it."""
+    return zlib.compress(bits.words.astype("<u8", copy=False).tobytes(), FAST) if bits.any() else b""
 
 
-def unpack(data: bytes, pages: int) -> BoolArray:
-    """What `pack` made of a mask of `pages` pages.
+def unpack(data: bytes, pages: int) -> PageBits:
+    """What `pack` made of a set in `pages` pages.
 
     Raises:
         RemoteProtocolError: it is none of that size.
     """
+    empty = PageBits(pages)
     if not data:
-        return np.zeros(pages, np.bool_)
-    size = -(-pages // 8)
+        return empty
+    size = empty.words.nbytes
     unpacker = zlib.decompressobj()
     try:
         packed = unpacker.decompress(data, size + 1)
@@ -91,10 +92,4 @@ def unpack(data: bytes, pages: int) -> BoolArray:
         raise RemoteProtocolError("the ballooned pages cannot be unpacked", why=str(error)) from error
     if len(packed) != size or not unpacker.eof:
         raise RemoteProtocolError("the ballooned pages are of another guest", pages=pages)
-    return np.unpackbits(np.frombuffer(packed, np.uint8), count=pages).view(np.bool_)
-
-
-def _of_size(mask: BoolArray, pages: int) -> BoolArray:
-    sized = np.zeros(pages, np.bool_)
-    sized[: mask.size] = mask[:pages]
-    return sized
+    return PageBits(pages, np.frombuffer(packed, "<u8").astype(np.uint64)).resized(pages)

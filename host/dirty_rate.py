@@ -15,12 +15,12 @@ import numpy as np
 
 from host.clock import now_ns
 from host.trackers import UffdTracker
+from migration.page_bits import PageBits
 
 if TYPE_CHECKING:
     from host.device_log import DeviceLog
     from host.guest_memory import HostRam
     from host.pagemap import WriteScanner
-    from migration.pages import BoolArray
 
 PERIOD_MS_MAX = 60_000
 PERIODS_MAX = 1000
@@ -33,7 +33,7 @@ class Looks(Protocol):
     def start(self) -> None:
         """Look from now on."""
 
-    def harvest(self) -> BoolArray:
+    def harvest(self) -> PageBits:
         """Pages dirtied since `start` or the last harvest."""
 
 
@@ -48,11 +48,10 @@ class HashLooks:
         """See Looks."""
         self._hashes = self._ram.hash_pages()
 
-    def harvest(self) -> BoolArray:
+    def harvest(self) -> PageBits:
         """See Looks. A page written with what it held is not seen."""
         before, self._hashes = self._hashes, self._ram.hash_pages()
-        dirty: BoolArray = self._hashes != before
-        return dirty
+        return PageBits.of(self._hashes != before)
 
 
 class Waits(Protocol):
@@ -92,7 +91,7 @@ def measure(looks: Looks, tracker: str, period_ms: int, periods: int, stopping: 
     dirtied: list[int] = []
     took_ms: list[float] = []
     cumulative: list[int] = []
-    seen: BoolArray | None = None
+    seen: PageBits | None = None
     looks.start()
     started_ns = now_ns()
     for _ in range(periods):
@@ -102,9 +101,9 @@ def measure(looks: Looks, tracker: str, period_ms: int, periods: int, stopping: 
         ended_ns = now_ns()
         took_ms.append((ended_ns - started_ns) / 1e6)
         started_ns = ended_ns
-        dirtied.append(int(np.count_nonzero(dirty)))
+        dirtied.append(dirty.count)
         seen = dirty if seen is None else seen | dirty
-        cumulative.append(int(np.count_nonzero(seen)))
+        cumulative.append(seen.count)
     return DirtySamples(tuple(dirtied), tuple(took_ms), tuple(cumulative), tracker)
 
 

@@ -2,7 +2,7 @@
 
 Rule 1: reading and protecting again is one ioctl, atomic per page: a write is in this harvest or the next.
 Rule 2: a scan of memory that is not write-protected asynchronously is refused, never empty.
-Rule 3: no Python loop over pages: the kernel answers with runs, and runs become a mask in one step.
+Rule 3: no Python loop over pages: the kernel answers with runs, and runs become a set in one step.
 
 The guest process registered its mapping with userfaultfd (WP_ASYNC) and passed a descriptor of its own
 pagemap; that descriptor is all the scanning process needs: no capability, no ptrace.
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from host.errors import TrackerUnavailable
-from migration.pages import PAGE_BYTES, pfns_of
+from migration.page_bits import PageBits
+from migration.pages import PAGE_BYTES
 
 if TYPE_CHECKING:
-    from migration.pages import BoolArray, U32Array, U64Array
+    from migration.pages import U32Array, U64Array
 
 # struct pm_scan_arg, include/uapi/linux/fs.h: size, flags, start, end, walk_end, vec, vec_len, max_pages,
 # category_inverted, category_mask, category_anyof_mask, return_mask.
@@ -39,7 +40,6 @@ PAGE_IS_WPALLOWED = 1 << 0
 PAGE_IS_WRITTEN = 1 << 1
 
 REGIONS_PER_CALL = 1 << 16  # 1.5 MiB of answers; more regions take another call
-SLICED_REGIONS_MAX = 256  # up to here one slice per region beats listing the pages
 
 
 class WriteScanner:
@@ -56,8 +56,8 @@ class WriteScanner:
         self._regions = np.zeros((REGIONS_PER_CALL, PAGE_REGION_WORDS), dtype=np.uint64)
         self._armed = False
 
-    def scan_and_protect(self) -> BoolArray:
-        """Mask of the pages written since the last call; the first call protects and answers "all".
+    def scan_and_protect(self) -> PageBits:
+        """The pages written since the last call; the first call protects and answers "all".
 
         Raises:
             TrackerUnavailable: no PAGEMAP_SCAN here, or the range is not (or no longer) tracked.
@@ -73,10 +73,10 @@ class WriteScanner:
         self._require_tracked(self._end - PAGE_BYTES, self._end)
         if not self._armed:
             self._armed = True
-            return np.ones(self.pages, dtype=np.bool_)
+            return PageBits.full(self.pages)
         first = (written[:, 0] - np.uint64(self._base)) // np.uint64(PAGE_BYTES)
         count = (written[:, 1] - written[:, 0]) // np.uint64(PAGE_BYTES)
-        return _mask_of(first, count, self.pages)
+        return PageBits.of_runs(first, count, self.pages)
 
     def forget(self, pfn_first: U64Array, page_count: U32Array | U64Array) -> None:
         """Protect these ranges of pages again and forget who wrote there. LOSES WRITES: for experiments only.
@@ -131,14 +131,3 @@ class WriteScanner:
             if count:
                 found.append(self._regions[:count].copy())
         return np.concatenate(found) if found else np.zeros((0, PAGE_REGION_WORDS), dtype=np.uint64)
-
-
-def _mask_of(first: U64Array, count: U64Array, pages: int) -> BoolArray:
-    """Mask of disjoint runs inside [0, pages). `migration.pages.set_runs` also takes unordered ones."""
-    mask = np.zeros(pages, dtype=np.bool_)
-    if len(first) <= SLICED_REGIONS_MAX:
-        for start, length in zip(first.tolist(), count.tolist(), strict=True):
-            mask[start : start + length] = True
-    else:
-        mask[pfns_of(first, count)] = True
-    return mask

@@ -17,7 +17,7 @@ import numpy as np
 
 from host.errors import TrackerUnavailable
 from migration.codec import ZERO_PAGE_HASH
-from migration.pages import mask_runs, windows_of
+from migration.page_bits import PageBits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from host.device_log import DeviceLog
     from host.guest_memory import HostRam
     from host.pagemap import WriteScanner
-    from migration.pages import BoolArray, U32Array, U64Array
+    from migration.pages import U32Array, U64Array
 
-    Ballooned = Callable[[int], BoolArray]  # pages of the guest -> those in the balloon, a private mask
+    Ballooned = Callable[[int], PageBits]  # pages of the guest -> those in the balloon
     Runs = tuple[U64Array, U32Array]  # (first, count), ascending
 
 TrackerName = Literal["uffd", "hash"]
@@ -46,8 +46,8 @@ class DirtyTracker(Protocol):
     def start(self) -> None:
         """Track from now on. What was written before is the first round's matter: it sends everything."""
 
-    def harvest(self) -> BoolArray:
-        """Mask over all pages: written since `start` or the last harvest. Raises TrackerUnavailable."""
+    def harvest(self) -> PageBits:
+        """Pages written since `start` or the last harvest. Raises TrackerUnavailable."""
 
     def stop(self) -> None:
         """Track no more and release what tracking needed. Idempotent."""
@@ -75,12 +75,11 @@ class UffdTracker:
         self._device_log.take()
         self._scanner.scan_and_protect()
 
-    def harvest(self) -> BoolArray:
+    def harvest(self) -> PageBits:
         """Pages the guest wrote through its mapping, and the devices' own stores."""
-        dirty = self._scanner.scan_and_protect()
-        written = dirty.copy() if self._ballooned is not None else dirty
-        self.left_out = _add_device_stores(
-            dirty, self._device_log, self._ballooned, lambda window: ~written[window]
+        written = self._scanner.scan_and_protect()
+        dirty, self.left_out = _with_device_stores(
+            written, self._device_log, self._ballooned, lambda: ~written
         )
         return dirty
 
@@ -118,14 +117,16 @@ class HashTracker:
         self._device_log.take()
         self._baseline = self._ram.hash_pages()
 
-    def harvest(self) -> BoolArray:
+    def harvest(self) -> PageBits:
         """Pages that differ from what was sent (never sent: from the start), and the devices' stores."""
         assert self._baseline is not None, "harvest before start"
         known = np.where(self._sent_hashes != 0, self._sent_hashes, self._baseline)
         found = self._ram.hash_pages()
-        dirty: BoolArray = found != known
-        self.left_out = _add_device_stores(
-            dirty, self._device_log, self._ballooned, lambda window: found[window] == ZERO_PAGE_HASH
+        dirty, self.left_out = _with_device_stores(
+            PageBits.of(found != known),
+            self._device_log,
+            self._ballooned,
+            lambda: PageBits.of(found == ZERO_PAGE_HASH),
         )
         return dirty
 
@@ -173,36 +174,25 @@ def choose(
             raise ValueError(f"no tracker {requested!r}: choose auto, uffd or hash")
 
 
-def _add_device_stores(
-    dirty: BoolArray,
+def _with_device_stores(
+    dirty: PageBits,
     device_log: DeviceLog,
     ballooned: Ballooned | None,
-    unwritten: Callable[[slice], BoolArray],
-) -> Runs:
-    """Sets in `dirty` what the devices stored, without ballooned pages that the guest left alone: these it returns.
+    unwritten: Callable[[], PageBits],
+) -> tuple[PageBits, Runs]:
+    """`dirty` with what the devices stored, without ballooned pages that the guest left alone; and these.
 
-    `unwritten` says of a window of pages which the guest did not write since the balloon may have taken them.
+    `unwritten` says which pages the guest did not write since the balloon may have taken them.
     """
     # Taken after the guest's harvest: whatever the devices stored until now is in this one.
-    first, count = device_log.take_runs(dirty.size)
+    first, count = device_log.take_runs(dirty.pages)
     if not first.size:
-        return NO_RUNS
-    held = ballooned(dirty.size) if ballooned is not None else None
-    found: list[Runs] = []
-    for window, covered in windows_of(first, count, pages=dirty.size):
-        out = held[window] & unwritten(window) if held is not None else None
-        if covered is None:
-            dirty[window] = True
-        else:
-            dirty[window] |= covered
-            if out is not None:
-                out &= covered
-        if out is not None and out.any():
-            dirty[window][out] = False
-            run_first, run_count = mask_runs(out)
-            found.append((run_first + np.uint64(window.start), run_count))
-    if not found:
-        return NO_RUNS
-    left_out = np.concatenate([first for first, _ in found]), np.concatenate([count for _, count in found])
+        return dirty, NO_RUNS
+    logged = PageBits.of_runs(first, count, dirty.pages)
+    held = ballooned(dirty.pages) if ballooned is not None else None
+    if held is None or not held.any():
+        return dirty | logged, NO_RUNS
+    out = logged & held & unwritten()
+    left_out = out.runs()
     device_log.add_runs(left_out[0], left_out[1].astype(np.uint64))
-    return left_out
+    return (dirty | logged).minus(out), left_out

@@ -12,6 +12,7 @@ from enum import Enum
 import numpy as np
 
 from migration.identity import AttemptKey
+from migration.page_bits import PageBits
 from migration.pages import BoolArray, U64Array
 from migration.rounds import Limits
 
@@ -108,7 +109,7 @@ class TrackingStarted:
     has zeroes there and so has the guest when it takes them back. None: no such pages.
     """
 
-    ballooned: BoolArray | None = None
+    ballooned: BoolArray | PageBits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ class Harvested:
     `ballooned_pages`: not in `dirty`, since the balloon took them and the guest wrote none of them.
     """
 
-    dirty: BoolArray
+    dirty: BoolArray | PageBits
     ballooned_pages: int = 0
 
 

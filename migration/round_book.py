@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from migration.commands import Note
 from migration.convergence import recent_rate
 from migration.ledger import MigrationLedger, RoundTotals
+from migration.page_bits import PageBits
 from migration.round_set import RoundSet
 from migration.rounds import Decision, RoundStats
 
@@ -50,7 +49,9 @@ class RoundBook:
         assert self.round is not None, "no round was opened"
         return self.round
 
-    def open(self, candidates: BoolArray, ballooned_pages: int, now_ns: int, *, hints: bool) -> Note:
+    def open(
+        self, candidates: BoolArray | PageBits, ballooned_pages: int, now_ns: int, *, hints: bool
+    ) -> Note:
         """Begin the next round with this set."""
         self.round = RoundSet(len(self.ledger.rounds) + 1, candidates, hints_allowed=hints)
         self.round.ledger.ballooned_pages = ballooned_pages
@@ -87,22 +88,22 @@ class RoundBook:
         if pages:
             self.current.ledger.resent_pages += pages
 
-    def finish(self, dirty: BoolArray | None, now_ns: int) -> RoundTotals:
+    def finish(self, dirty: BoolArray | PageBits | None, now_ns: int) -> RoundTotals:
         """End the round with the harvest that ended it (None: the guest was paused, no harvest)."""
         totals = self.current.finish(dirty)
         self.ledger.add(totals)
         self._payload_bytes.append(totals.payload_bytes)
         self._sending_ns.append(max(now_ns - self._sending_since_ns, 1))
         if dirty is not None:
-            self.samples.append(((now_ns - self._round_started_ns) / 1e9, int(np.count_nonzero(dirty))))
+            self.samples.append(((now_ns - self._round_started_ns) / 1e9, PageBits.of(dirty).count))
         return totals
 
-    def stats(self, dirty: BoolArray, elapsed_ns: int, *, link_up: bool) -> RoundStats:
+    def stats(self, dirty: BoolArray | PageBits, elapsed_ns: int, *, link_up: bool) -> RoundStats:
         """What the decision after the ended round is made from."""
         return RoundStats(
             index=self.current.index,
             elapsed_ms=elapsed_ns / 1e6,
-            remaining_pages=int(np.count_nonzero(dirty)),
+            remaining_pages=PageBits.of(dirty).count,
             rate_bytes_per_s=recent_rate(self._payload_bytes, self._sending_ns),
             before=tuple(self._remaining),
             throttle_percent=self.throttle_percent,

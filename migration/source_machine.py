@@ -23,8 +23,6 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from migration import commands as do
 from migration import events as told
 from migration.commands import Cause, SourceCommand
@@ -32,6 +30,7 @@ from migration.errors import LocalProtocolError
 from migration.events import Answer, Recorded, Skip, SourceEvent, Timer
 from migration.identity import AttemptKey
 from migration.link_recovery import LinkRecovery
+from migration.page_bits import PageBits
 from migration.round_book import RoundBook
 from migration.rounds import Decision, DecisionKind, Limits, decide
 from migration.source_phases import (
@@ -48,7 +47,6 @@ from migration.source_phases import (
 
 if TYPE_CHECKING:
     from migration.ledger import MigrationLedger
-    from migration.pages import BoolArray
     from migration.round_set import RoundSet
 
 COMMIT_RETRY_MS = 500  # the guest stands still meanwhile: ask often, but do not hammer a dead host
@@ -88,7 +86,7 @@ class SourceMachine:
         self._request: told.MigrationRequested
         self.link = LinkRecovery(AttemptKey("", 0, 0), 0)
         self._throttle_percent = 0  # that the guest was told last
-        self._pending: BoolArray
+        self._pending: PageBits
         self._image_digest = 0
         self._question: do.SendPrepare | None = None  # once it was asked
         self._commits_unanswered = 0
@@ -181,12 +179,14 @@ class SourceMachine:
     def _on_arming(self, event: SourceEvent) -> list[SourceCommand]:
         if not isinstance(event, told.TrackingStarted):
             return []
-        left_out = np.zeros(self._request.pages, np.bool_) if event.ballooned is None else event.ballooned
-        return self._begin_round(~left_out, int(np.count_nonzero(left_out)))
+        if event.ballooned is None:
+            return self._begin_round(PageBits.full(self._request.pages), 0)
+        left_out = PageBits.of(event.ballooned)
+        return self._begin_round(~left_out, left_out.count)
 
     # -- rounds --------------------------------------------------------------------------------
 
-    def _begin_round(self, candidates: BoolArray, ballooned_pages: int) -> list[SourceCommand]:
+    def _begin_round(self, candidates: PageBits, ballooned_pages: int) -> list[SourceCommand]:
         hints = self._request.skip.uses_hints
         note = self.book.open(candidates, ballooned_pages, self._now_ns, hints=hints)
         if not hints:
@@ -261,23 +261,24 @@ class SourceMachine:
     def _on_harvesting(self, event: SourceEvent) -> list[SourceCommand]:
         if not isinstance(event, told.Harvested):
             return []
-        totals = self.book.finish(event.dirty, self._now_ns)
-        stats = self.book.stats(event.dirty, self._now_ns - self._started_ns, link_up=self.link.up)
+        dirty = PageBits.of(event.dirty)
+        totals = self.book.finish(dirty, self._now_ns)
+        stats = self.book.stats(dirty, self._now_ns - self._started_ns, link_up=self.link.up)
         decision = decide(stats, self._request.limits)
         note = self.book.note(totals, stats.remaining_pages, decision, self._now_ns)
         match decision.kind:
             case DecisionKind.NEXT_ROUND:
                 self.book.decided(stats, self.book.throttle_percent)
-                return [note, *self._begin_round(event.dirty, event.ballooned_pages)]
+                return [note, *self._begin_round(dirty, event.ballooned_pages)]
             case DecisionKind.THROTTLE:
                 self.book.decided(stats, decision.throttle_percent)
                 return [
                     note,
                     *self._throttle(decision.throttle_percent),
-                    *self._begin_round(event.dirty, event.ballooned_pages),
+                    *self._begin_round(dirty, event.ballooned_pages),
                 ]
             case DecisionKind.STOP_COPY:
-                self._pending = event.dirty
+                self._pending = dirty
                 self._pause_ordered = True
                 self.downtime_ms_estimated = decision.downtime_ms_estimated
                 self.phase = P.PAUSING

@@ -42,7 +42,7 @@ def measured_dirty_rate(
         working_set_pages=found.cumulative_pages[-1],
         hintable_pages=guest.hello().free_pages,
         populated_pages=int(np.count_nonzero(guest.ram.populated())),
-        ballooned_pages=int(np.count_nonzero(ballooned)),
+        ballooned_pages=ballooned.count,
         pages=guest.ram.pages,
         tracker=name,
     )

@@ -12,7 +12,6 @@ import sqlite3
 from typing import TYPE_CHECKING, assert_never
 
 import grpc
-import numpy as np
 import structlog
 
 from host.ballooned import ballooned_holes, pack
@@ -24,7 +23,6 @@ from migration import commands as do
 from migration import events as told
 from migration.codec import image_digest
 from migration.errors import ProtocolError
-from migration.pages import set_runs
 from migration.pb import migration_pb2
 from migration.source_phases import SourcePhase
 from source_node.accounting import Stopwatch
@@ -298,9 +296,7 @@ class SourceShell:
         duration_ns = now_ns() - started_ns
         if self._machine.phase is SourcePhase.FINAL_HARVESTING:
             self.watch.passed("harvest", now_ns())
-        self._host.events.add(
-            "harvested", duration_ms=duration_ns / 1e6, dirty_pages=int(np.count_nonzero(dirty))
-        )
+        self._host.events.add("harvested", duration_ms=duration_ns / 1e6, dirty_pages=dirty.count)
         self._post(told.Harvested(dirty, int(self._tracker.left_out[1].sum())))
 
     def _pause(self) -> None:
@@ -352,11 +348,12 @@ class SourceShell:
     def _ballooned_for_ever(self) -> bytes:
         """Of the paused guest: the balloon's pages of which the destination has nothing, or nothing to keep."""
         assert self._tracker is not None, "tracking was not started"
-        mask = self._host.balloon.ballooned(self._ram.pages)
-        mask &= self._ram_reader.sent_hashes == 0
-        first, count = self._tracker.left_out
-        set_runs(mask, first, count, value=True)
-        return pack(mask)
+        held = self._host.balloon.ballooned(self._ram.pages)
+        if not held.any():
+            return b""
+        held &= self._ram_reader.sent_hashes == 0
+        held.add_runs(*self._tracker.left_out)
+        return pack(held)
 
     def _keep_evidence(self) -> None:
         self.watch.passed("prepare", now_ns())

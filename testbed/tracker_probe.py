@@ -24,7 +24,7 @@ def main() -> str:
     try:
         scanner.scan_and_protect()
         ram.bytes[WRITTEN_PFN, 0] = 1
-        found = scanner.scan_and_protect().nonzero()[0].tolist()
+        found = scanner.scan_and_protect().pfns().tolist()
     except TrackerUnavailable as error:
         return str(error)
     finally:

@@ -349,8 +349,8 @@ class DeviceState(_message.Message):
     hints_open: _builtins.bool
     """a report was begun and the guest still waits for DONE"""
     ballooned: _builtins.bytes
-    """Pages in the balloon that the destination has nothing of to keep: zlib of one bit a page, the first page in the
-    highest bit; empty: none. What it stored of them before they were ballooned it gives back.
+    """Pages in the balloon that the destination has nothing of to keep: zlib of 64-bit little-endian words,
+    page n in bit n % 64 of word n / 64; empty: none. What it stored of them before they were ballooned it gives back.
     """
     @_builtins.property
     def ring_bases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -12,6 +12,7 @@ from host.device_log import DeviceLog
 from host.guest_memory import HostRam
 from host.trackers import HashTracker, UffdTracker
 from migration.errors import RemoteProtocolError
+from migration.page_bits import PageBits
 from migration.pages import PAGE_BYTES
 
 PAGES = 256
@@ -35,7 +36,7 @@ class FakeScanner:
         mask = np.zeros(PAGES, np.bool_)
         mask[list(self.written)] = True
         self.written.clear()
-        return mask
+        return PageBits.of(mask)
 
 
 class FakeBalloon:
@@ -43,7 +44,7 @@ class FakeBalloon:
         self.pages = BalloonedPages()
 
     def ballooned(self, pages):
-        return self.pages.mask(pages)
+        return self.pages.bits(pages)
 
 
 @pytest.fixture
@@ -60,24 +61,24 @@ def ram():
 
 def test_the_set_grows_with_what_it_is_told_and_forgets_what_is_deflated():
     pages = BalloonedPages()
-    assert not pages.mask(8).any()
+    assert not pages.bits(8).any()
     pages.remove(*runs((100, 4)))
     pages.add(*runs((2, 3), (10, 1)))
     pages.remove(*runs((3, 1), (9, 1000)))
-    assert members(pages.mask(16)) == [2, 4]
-    assert members(pages.mask(3)) == [2]
+    assert members(pages.bits(16)) == [2, 4]
+    assert members(pages.bits(3)) == [2]
 
 
 def test_the_set_travels():
     mask = np.zeros(1001, np.bool_)
     mask[[0, 17, 1000]] = True
-    assert (unpack(pack(mask), 1001) == mask).all()
-    assert pack(np.zeros(5, np.bool_)) == b""
+    assert (unpack(pack(PageBits.of(mask)), 1001).mask() == mask).all()
+    assert pack(PageBits(5)) == b""
     assert not unpack(b"", 5).any()
 
 
 @pytest.mark.parametrize(
-    "lie", [b"no zlib", zlib.compress(bytes(12)), zlib.compress(bytes(1 << 20)), pack(np.ones(64, bool))[:-2]]
+    "lie", [b"no zlib", zlib.compress(bytes(12)), zlib.compress(bytes(1 << 20)), pack(PageBits.full(64))[:-2]]
 )
 def test_a_set_of_another_guest_is_refused_however_large_it_would_become(lie):
     with pytest.raises(RemoteProtocolError):
@@ -125,5 +126,5 @@ def test_the_destination_gives_back_what_was_ballooned_after_it_was_sent(ram):
     ram.store(*runs((4, 8)), memoryview(bytes([7]) * 8 * PAGE_BYTES))
     mask = np.zeros(PAGES, np.bool_)
     mask[[5, 6, 30]] = True
-    give_back(ram, mask)
+    give_back(ram, PageBits.of(mask))
     assert members(ram.populated()) == [4, 7, 8, 9, 10, 11]

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from host.dirty_rate import PERIODS_MAX, TOTAL_MS_MAX, HashLooks, check_periods, measure
 from host.guest_memory import HostRam
+from migration.page_bits import PageBits
 from migration.pages import PAGE_BYTES
 from migration.pb import node_pb2
 from testbed.dirty_rate import dirty_rate_report, foreseen, parsed_period_ms, parsed_rate
@@ -45,7 +46,7 @@ class Scripted:
         assert self.started
         mask = np.zeros(PAGES, np.bool_)
         mask[self.found.pop(0)] = True
-        return mask
+        return PageBits.of(mask)
 
 
 def test_samples_count_each_period_and_the_curve_counts_pages_once():

@@ -118,8 +118,8 @@ def test_progress_shows_round_pages_and_time_left():
         show(Event(2, "source", "round_started", {"round": 1, "candidate_pages": 1000}))
         for at_ns, sent in ((10**9, 100), (2 * 10**9, 350)):
             fields = {"round": 1, "sent_pages": sent, "zero_pages": 0, "skipped_pages": 400}
-            fields |= {"remaining_pages": 600 - sent, "payload_bytes": sent * 4096}
+            fields |= {"remaining_pages": 600 - sent, "payload_bytes": sent * 4096, "eta_ms": 1000.0}
             show(Event(at_ns, "source", "progress", fields))
         task = progress.tasks[0]
         assert (task.completed, task.total) == (750, 1000)
-        assert task.fields["detail"] == "0.98 MiB/s, 1.00 s left"
+        assert task.fields["detail"] == "0.98 MiB/s, 0.98 MiB left, over in at least 1.00 s"

@@ -12,6 +12,7 @@ from dest_node.page_receiver import PageReceiver
 from host.device_log import DeviceLog
 from host.errors import AgentError
 from migration.codec import ZERO_PAGE_HASH
+from migration.page_bits import PageBits
 from migration.pages import PAGE_BYTES, pfns_of
 from migration.round_book import RoundBook
 from migration.source_phases import SourcePhase
@@ -29,7 +30,8 @@ def wrong_skip():
     def hint(book, report):
         honest(book, report)
         if report.stopped:
-            kept = np.flatnonzero(book.current.candidates & ~book.current._hinted)
+            assert book.current.remaining >= 0  # what was hinted is booked once somebody looks
+            kept = np.flatnonzero(book.current.candidates & ~book.current._hinted.mask())
             chosen = kept[kept >= KERNEL_PAGES][::8].astype(np.uint64)
             book.current.hint(chosen, np.ones(chosen.size, np.uint32))
 
@@ -53,14 +55,14 @@ def harvest_loses_a_page():
 
     def wrap(shell, honest):
         def harvest():
-            dirty = honest()
+            dirty = honest().mask()
             if not lost:
                 sent = shell._reader.sent_hashes
                 changed = dirty & (sent != 0) & (sent != ZERO_PAGE_HASH) & (shell._ram.hash_pages() != sent)
                 changed[:KERNEL_PAGES] = False
                 lost.extend(np.flatnonzero(changed)[:1])
             dirty[lost] = False
-            return dirty
+            return PageBits.of(dirty)
 
         return harvest
 
@@ -72,9 +74,9 @@ def hint_clears_the_dirty_log():
 
     def wrap(shell, honest):
         def harvest():
-            dirty = honest()
+            dirty = honest().mask()
             current = shell._machine.round_set
-            return dirty & ~current.skipped if current is not None else dirty
+            return PageBits.of(dirty & ~current.skipped if current is not None else dirty)
 
         return harvest
 
