@@ -48,14 +48,15 @@ def node_arguments(
     migration_address: str,
     tls_dir: PurePath | None = None,
 ) -> list[str]:
-    """Module and arguments of a node."""
+    """Module and arguments of a node. Without TLS beyond loopback it is told that this is wanted."""
+    trust = [] if tls_dir is None else ["--tls-dir", str(tls_dir)]
     return [
         "host", "--name", SHORT_NAMES[origin], *(word for role in ROLES for word in ("--role", role)),
         *places.sockets, "--run-dir", str(places.node_dir),
         "--journal", str(places.node_dir / "journal.sqlite"),
         "--control", places.control, "--migration-address", migration_address,
         "--guest-memory-max", str(scenario.hosts.guest_memory_max),
-        *([] if tls_dir is None else ["--tls-dir", str(tls_dir)]),
+        *(trust if migration_address.startswith("127.") or tls_dir is not None else [*trust, "--insecure"]),
     ]  # fmt: skip
 
 

@@ -134,6 +134,14 @@ def test_the_guest_still_migrates_after_all_that(bed):
 
 
 @pytest.mark.usefixtures("nothing_left")
+def test_the_link_is_plain_where_the_scenario_says_so(tmp_path):
+    run = perform(tmp_path, tiny("hosts.tls=false"))
+    assert run.result.verdict == "valid", run.result.reasons
+    log = (run.run_dir.logs / "dest-node.log").read_text()
+    assert "plain_text" in log or "insecure" in log
+
+
+@pytest.mark.usefixtures("nothing_left")
 def test_memory_that_is_spent_is_a_fact_and_a_reason(tmp_path):
     run = perform(tmp_path, tiny("hosts.memory=96MiB", expect="failed"))
     assert run.result.outcome == "failed"
