@@ -151,7 +151,7 @@ def rolls_back():
     def harvest(shell):
         if shell._machine.phase is SourcePhase.FINAL_HARVESTING:
             os.pwrite(shell._ram.fd, old["ram"], 0)
-            shell._tracker.harvest = lambda: np.ones(shell._ram.pages, np.bool_)
+            shell._tracker.harvest = lambda: PageBits.full(shell._ram.pages)
         honest_harvest(shell)
 
     def save(shell, rehearsal):
