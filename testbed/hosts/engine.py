@@ -93,7 +93,9 @@ def connect(context: str = "", *, timeout_s: int = CALL_S) -> Engine:
     except (DockerException, OSError) as error:
         client.close()
         raise MachineCannotError(f"no engine answers at {address}: {innermost(error)}") from error
-    return Engine(client, address, context, str(facts.get("ID", address)), version, int(facts["MemTotal"]))
+    # Engines of one machine may share their id (its key is the machine's); what is in their data root is their own.
+    engine_id = f"{facts.get('ID', address)} {facts.get('DockerRootDir', '')}"
+    return Engine(client, address, context, engine_id, version, int(facts["MemTotal"]))
 
 
 @contextmanager

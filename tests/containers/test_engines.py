@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import socket
+import subprocess
+import tempfile
 import threading
 from pathlib import Path
 
@@ -12,9 +15,10 @@ from typer.testing import CliRunner
 from testbed.cli import app
 from testbed.errors import MachineCannotError, UsageError
 from testbed.hosts.engine import connect
+from testbed.hosts.image import base_of
 from testbed.record import load
 from tests.containers.beds import tiny
-from tests.live.runs import perform
+from tests.live.runs import perform, waited_for
 
 pytestmark = pytest.mark.containers
 NOBODY = 65534
@@ -90,6 +94,65 @@ def far(engine, contexts):
     contexts("far", f"tcp://127.0.0.1:{forwarder.port}")
     yield "far"
     forwarder.close()
+
+
+@pytest.fixture
+def second_engine(engine, image, contexts):
+    """A context of an engine of its own, which lives as long as the test and has this one's images."""
+    if os.geteuid() != 0 or shutil.which("dockerd") is None:
+        pytest.skip("a second engine is root's to start, and dockerd has to be here")
+    # Its paths are short: the engine's own sockets are below them.
+    with tempfile.TemporaryDirectory(prefix="ballast-", dir="/var/tmp") as folder:
+        contexts("second", f"unix://{folder}/engine.sock")
+        command = [
+            "dockerd", "--data-root", f"{folder}/data", "--exec-root", f"{folder}/exec",
+            "--pidfile", f"{folder}/pid", "--host", f"unix://{folder}/engine.sock",
+            "--bridge", "none", "--iptables=false",  # published ports by proxy: rules of two engines would mix
+        ]  # fmt: skip
+        with (
+            Path(folder, "log").open("wb") as log,
+            subprocess.Popen(command, stdout=log, stderr=log) as started,
+        ):
+            try:
+                waited_for(lambda: answers("second", started), "the second engine to answer")
+                second = connect("second")
+                for name in (image, base_of(engine.client)):
+                    second.client.images.load(engine.client.images.get(name).save(named=name))
+                second.close()
+                yield "second"
+            finally:
+                started.terminate()
+        unmount_below(folder)
+
+
+def answers(context, process):
+    assert process.poll() is None, "the second engine did not start"
+    try:
+        connect(context).close()
+    except MachineCannotError:
+        return False
+    return True
+
+
+def unmount_below(folder):
+    places = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for place in sorted((one for one in places if one.startswith(f"{folder}/")), reverse=True):
+        subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_two_engines_are_two_networks_and_a_published_port(tmp_path, engine, contexts, second_engine):
+    contexts("first", engine.address)
+    chosen = ("hosts.context_source=first", f"hosts.context_dest={second_engine}")
+    run = perform(tmp_path / "runs", tiny(*chosen))
+    assert run.result.verdict == "valid", run.result.reasons
+    made = list(load(run.run_dir.path).all("network_made"))
+    assert [event.fields["internal"] for event in made] == [False, False]
+    assert len({event.fields["subnet"] for event in made}) == 2
+    second = connect(second_engine)
+    assert not second.client.containers.list(all=True)
+    assert not second.client.networks.list(filters={"label": "ballast.run"})
+    second.close()
 
 
 @pytest.mark.usefixtures("image", "nothing_left")
