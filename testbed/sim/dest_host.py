@@ -1,0 +1,378 @@
+"""The destination role of a simulated node: dest_node/intake.py in virtual time, over the real PageReceiver.
+
+Rule 1: one call at a time moves the machine; the order of effects is the real intake's.
+Rule 2: pages are stored by the real receiver; streams that were joined are cut, and what of them still arrives is not
+        stored (unless that very bug is planted).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, assert_never
+
+import numpy as np
+
+from dest_node.page_receiver import PageReceiver
+from migration import commands as do
+from migration import events as told
+from migration.codec import decode_chunk, image_digest
+from migration.dest_machine import RESUMABLE_PHASES, DestMachine, DestPhase
+from migration.errors import ProtocolError, RemoteProtocolError
+from migration.pages import pfns_of
+from testbed.sim import points
+from testbed.sim.errors import AgentGone, AgentRefused, CallRefused, ViolationError
+from testbed.sim.guest import State
+from testbed.sim.plants import Plant
+from testbed.sim.ram import SimRam
+from testbed.sim.world import MS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dest_node.page_receiver import PageStreamIn
+    from migration.codec import DecodedChunk
+    from migration.identity import AttemptKey
+    from migration.pages import BoolArray
+    from testbed.sim.network import Pipe
+    from testbed.sim.node import Node
+    from testbed.sim.source_host import Prepare
+
+ACK_EVERY = 3
+SILENCE_MS = 1_000  # the real one's is ten seconds
+
+
+class SimIntake:
+    """One host taking guests in. Methods are the calls of the Migration service."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.machine = DestMachine()
+        self.receiver: PageReceiver | None = None
+        self.received: tuple[Prepare, PageReceiver] | None = None
+        self._fresh: tuple[SimRam, int] | None = None
+        self._integrity = "full"
+        self._prepare: Prepare | None = None
+        self._restored = False
+        self._silence: object = None
+        self._silence_ms = SILENCE_MS
+        self._reply = do.Reply(told.Answer.UNKNOWN)
+        self._stored_in = ("", 0)  # which memory and round `_stored` is about
+        self._stored: BoolArray
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def open(
+        self, key: AttemptKey, pages: int, integrity: str, streams: int, resume: bool, link_timeout_ms: int
+    ) -> tuple[str, tuple[int, ...]]:
+        """Reserve zeroed memory, or go on with what there is."""
+        memory_bytes = pages * 4096
+        if resume:
+            self._drive(told.OpenRequested(key, memory_bytes, resume=True))
+            if self.receiver is None:
+                raise RemoteProtocolError(f"attempt {key} was aborted: {self.machine.abort_reason}")
+            return self._opened()
+        if key != self.machine.key:
+            if (entry := self.node.journal.get(key, "dest")) is not None:
+                raise CallRefused(f"attempt {key} was {entry.state} here before")
+            state = self.node.agent.hello()
+            if state is not State.STANDBY and self.machine.phase is DestPhase.IDLE:
+                raise CallRefused(f"the guest agent is {state.value}, not standby")
+        idle = self.receiver is None or not self.receiver.streaming
+        self._fresh = (SimRam(pages), streams)
+        try:
+            self._drive(told.OpenRequested(key, memory_bytes, idle, link_timeout_ms=link_timeout_ms))
+        finally:
+            self._fresh = None
+        self._integrity = integrity
+        self._silence_ms = max(SILENCE_MS, link_timeout_ms)
+        return self._opened()
+
+    def _opened(self) -> tuple[str, tuple[int, ...]]:
+        assert self.receiver is not None, "an opened attempt has memory"
+        self._expect_life()
+        return self.receiver.incarnation, tuple(self.receiver.stored_below)
+
+    def prepare(self, request: Prepare) -> do.Reply:
+        """Verify, restore, record PREPARED."""
+        if request.key == self.machine.key and self.receiver is not None:
+            if request.incarnation != self.receiver.incarnation:
+                raise RemoteProtocolError("Prepare names another incarnation of this memory")
+            if self.machine.phase in RESUMABLE_PHASES:
+                self._prepare = request
+        return self._drive(
+            told.PrepareRequested(
+                request.key, request.incarnation, request.image_digest, request.chunks, request.rehearsal
+            )
+        )
+
+    def commit(self, key: AttemptKey, digest: int) -> do.Reply:
+        """The decision."""
+        if key != self.machine.key and (answer := self._recorded(key)) is not None:
+            return answer
+        return self._drive(told.CommitRequested(key, digest))
+
+    def abort(self, key: AttemptKey, reason: str) -> do.Reply:
+        """The source gives up."""
+        return self._drive(told.AbortRequested(key, reason))
+
+    def forget(self, key: AttemptKey) -> None:
+        """The source knows the outcome."""
+        if key != self.machine.key:
+            if self._recorded(key) is not None:
+                self.node.journal.forget(key, "dest")
+        elif self.machine.allows(told.ForgetRequested):
+            self._drive(told.ForgetRequested(key))
+
+    def _recorded(self, key: AttemptKey) -> do.Reply | None:
+        entry = self.node.journal.get(key, "dest")
+        answers = {"ABORTED": told.Answer.ABORTED, "COMMITTED": told.Answer.COMMITTED}
+        if entry is None or entry.state not in answers:
+            return None
+        return do.Reply(answers[entry.state], entry.detail)
+
+    # -- streams -------------------------------------------------------------------------------
+
+    def pages(self, pipe: Pipe) -> None:
+        """A page stream begins."""
+        receiver = self.receiver
+        if receiver is None or self.machine.phase is not DestPhase.RECEIVING:
+            pipe.close(f"no pages are expected in phase {self.machine.phase.name}", refused=True)
+            return
+        plant = self.node.world.plant
+        try:
+            stream = receiver.begin_stream(lambda: self._cut(pipe))
+        except RemoteProtocolError as error:
+            pipe.close(str(error), refused=True)
+            return
+        stored_since_ack = 0
+
+        def at_dest(message: bytes) -> None:
+            nonlocal stored_since_ack
+            try:
+                chunk = receiver.store(stream, message)
+            except ProtocolError as error:
+                if plant is Plant.LATE_CHUNK_STORED and stream.joined:
+                    _store_anyway(receiver, message)
+                    return
+                pipe.close(str(error), refused=True)
+                self._over(receiver, stream, "", f"bad page chunk: {error}")
+                return
+            self._not_twice(chunk)
+            stored_since_ack += 1
+            wanted = not chunk.data_page_count and not chunk.zero_page_count
+            if wanted or stored_since_ack >= ACK_EVERY:
+                stored_since_ack = 0
+                assert stream.lane is not None, "a stored chunk has a lane"
+                pipe.acknowledge(stream.lane.stored_below)
+
+        def ended(reason: str) -> None:
+            if not reason:
+                pipe.close()
+            self._over(receiver, stream, reason, "")
+
+        pipe.at_dest, pipe.dest_ended = at_dest, ended
+        pipe.accepted(self.node)
+
+    def _not_twice(self, chunk: DecodedChunk) -> None:
+        """What is stored is not sent again in its round (the issue's word on recovery)."""
+        this = (chunk.header.incarnation, chunk.header.round_index)
+        if this != self._stored_in:
+            self._stored_in, self._stored = this, np.zeros(self.node.host.options.pages, np.bool_)
+        runs = ((chunk.run_first, chunk.run_pages), (chunk.zero_first, chunk.zero_pages))
+        for pfns in (pfns_of(first, count) for first, count in runs if len(first)):
+            if self._stored[pfns].any():
+                raise ViolationError("acknowledged pages are not sent again", f"round {chunk.header.round_index}")
+            self._stored[pfns] = True
+
+    def _cut(self, pipe: Pipe) -> None:
+        if self.node.world.plant is not Plant.LATE_CHUNK_STORED:
+            pipe.close("cut by the destination")
+
+    def _over(self, receiver: PageReceiver, stream: PageStreamIn, broken: str, refused: str) -> None:
+        receiver.end_stream(stream)
+        if receiver is not self.receiver or stream.joined:
+            return
+        event = told.IntakeFailed(refused) if refused else told.StreamBroken(broken)
+        if event.reason and self.machine.allows(type(event)):
+            self._drive(event)
+        if self.machine.phase in RESUMABLE_PHASES:
+            self._expect_life()
+
+    def _expect_life(self) -> None:
+        mark = self._silence = object()
+
+        def silent() -> None:
+            if mark is not self._silence or self.receiver is None:
+                return
+            lost = self.machine.phase is DestPhase.LINK_LOST
+            idle = self.machine.phase is DestPhase.RECEIVING and not self.receiver.streaming
+            if lost or idle:
+                self._drive(told.IntakeFailed("the source was silent"))
+
+        self.node.world.after(self._silence_ms * MS, silent, self.node)
+
+    # -- restart -------------------------------------------------------------------------------
+
+    def recover_journal(self) -> None:
+        """What was received is gone with the process."""
+        for entry in self.node.journal.unfinished("dest"):
+            self.node.journal.move(entry.key, "dest", {entry.state}, "ABORTED", detail="the node restarted")
+
+    def recover_guest(self) -> None:
+        """Run what was committed; drop an image that was not."""
+        newest, agent = self.node.journal.newest("dest"), self.node.agent
+        state = agent.hello()
+        if newest is None or newest.state != "COMMITTED":
+            if state is State.RESTORED:
+                agent.discard()
+            return
+        if state is State.RESTORED and agent.epoch == newest.key.guest_epoch:
+            agent.run(newest.key.next_epoch)
+            self.node.balloon.hints_done()
+        if agent.hello() in {State.RESTORED, State.RUNNING}:
+            self.node.balloon.hints_done()
+
+    # -- the machine ---------------------------------------------------------------------------
+
+    def _drive(self, event: told.DestEvent) -> do.Reply:
+        self._reply = do.Reply(told.Answer.UNKNOWN)
+        pending = self._handle(event)
+        world = self.node.world
+        while pending:
+            command = pending.pop(0)
+            seen = type(command) not in points.UNSEEN
+            if seen:
+                world.reach(points.before("dest", type(command)))
+            answer = self._carry_out(command)
+            if seen:
+                world.reach(points.after("dest", type(command)))
+            if answer is not None:
+                assert not pending, "an order that is answered is the last of its list"
+                pending = self._handle(answer)
+        return self._reply
+
+    def _handle(self, event: told.DestEvent) -> list[do.DestCommand]:
+        world, machine = self.node.world, self.machine
+        before = machine.phase
+        commands = list(machine.handle(event))
+        world.coverage[f"dest {before.name} {type(event).__name__} {machine.phase.name}"] += 1
+        if world.transcript is not None:
+            world.say(self.node.name, f"{type(event).__name__}: {before.name} -> {machine.phase.name}")
+        return commands
+
+    def _carry_out(self, command: do.DestCommand) -> told.DestEvent | None:  # noqa: C901, PLR0911, PLR0912
+        match command:
+            case do.ReserveMemory(key):
+                self._reserve(key)
+            case do.JoinStreams():
+                assert self.receiver is not None, "nothing was received"
+                self.receiver.join_streams(1.0)
+                return told.StreamsJoined()
+            case do.RecordState():
+                return self._record(command)
+            case do.VerifyImage(digest, chunks):
+                return _answered(lambda: self._verify(digest, chunks), told.ImageVerified())
+            case do.RestoreGuest(key):
+                return _answered(lambda: self._restore(key), told.GuestRestored())
+            case do.ConfirmGuest(key):
+                return _answered(lambda: self._confirm(key), told.GuestConfirmed())
+            case do.RunGuest(key):
+                return self._run_guest(key)
+            case do.DiscardImage():
+                self._discard()
+            case do.ForgetAttempt(key):
+                self.node.journal.forget(key, "dest")
+            case do.Reply():
+                self._reply = command
+            case do.Note() | do.KeepEvidence():
+                pass
+            case _ as never:
+                assert_never(never)
+        return None
+
+    def _reserve(self, key: AttemptKey) -> None:
+        assert self._fresh is not None, "memory is reserved by open alone"
+        ram, streams = self._fresh
+        if self.node.world.plant is Plant.RETRY_WITHOUT_ZEROING and self.node.stale_ram is not None:
+            ram.words[:] = self.node.stale_ram
+        self.receiver = PageReceiver(ram, key.attempt, streams=streams)  # type: ignore[arg-type]
+        self.receiver.incarnation = self.node.next_incarnation()
+
+    def _record(self, command: do.RecordState) -> told.StateRecorded:
+        journal, key, state = self.node.journal, command.key, command.state
+        if state is told.Recorded.RECEIVING:
+            journal.begin(key, "dest", state.value)
+        elif state is told.Recorded.PREPARED:
+            assert self._prepare is not None, "PREPARED without a Prepare"
+            journal.move(key, "dest", {"RECEIVING"}, state.value, digest=self._prepare.image_digest)
+        elif state is told.Recorded.COMMITTED:
+            sync = self.node.world.plant is not Plant.COMMIT_NOT_DURABLE
+            journal.move(key, "dest", {"PREPARED"}, state.value, sync=sync)
+        else:
+            journal.move(key, "dest", {"RECEIVING", "PREPARED"}, state.value, detail=command.reason)
+        return told.StateRecorded(state)
+
+    def _verify(self, digest: int, chunks: int) -> None:
+        receiver, request = self.receiver, self._prepare
+        assert receiver is not None, "nothing was received"
+        assert request is not None, "no Prepare at hand"
+        receiver.join(1.0)
+        if receiver.stored_chunks != chunks:
+            raise RemoteProtocolError("chunks are missing", stored=receiver.stored_chunks, sent=chunks)
+        found = image_digest(receiver.stored_hashes, request.vcpu_state, request.device)
+        if found != digest:
+            raise RemoteProtocolError("the image digest differs")
+        if self._integrity == "full":
+            pfn = receiver.difference(receiver.ram.hash_pages())
+            if pfn is not None:
+                raise RemoteProtocolError("a page does not read back as it was stored", pfn=pfn)
+
+    def _restore(self, key: AttemptKey) -> None:
+        receiver, request = self.receiver, self._prepare
+        assert receiver is not None, "nothing was received"
+        assert request is not None, "no Prepare at hand"
+        self.node.balloon.adopt_state(request.device)
+        self._restored = True
+        self.node.agent.restore(key.guest_epoch, request.vcpu_state, receiver.ram)  # type: ignore[arg-type]
+
+    def _confirm(self, key: AttemptKey) -> None:
+        agent = self.node.agent
+        if agent.hello() is not State.RESTORED or agent.epoch != key.guest_epoch:
+            raise AgentRefused(f"the guest agent holds no image of {key}: it is {agent.state.value}")
+
+    def _run_guest(self, key: AttemptKey) -> told.GuestStarted | told.GuestStartFailed:
+        try:
+            self.node.agent.run(key.next_epoch)
+        except (AgentRefused, AgentGone) as error:
+            return told.GuestStartFailed(str(error), lost=not self.node.agent.alive)
+        self.node.balloon.hints_done()
+        return told.GuestStarted()
+
+    def _discard(self) -> None:
+        receiver, self.receiver = self.receiver, None
+        if receiver is not None:
+            if self.node.world.plant is Plant.RETRY_WITHOUT_ZEROING:
+                self.node.stale_ram = np.array(receiver.ram.words)
+            receiver.abandon(1.0)
+        if self._restored:
+            self._restored = False
+            try:
+                self.node.agent.discard()
+            except (AgentRefused, AgentGone) as error:
+                self.node.world.say(self.node.name, f"discard unheard: {error}")
+
+
+def _answered(action: Callable[[], None], success: told.DestEvent) -> told.DestEvent:
+    try:
+        action()
+    except (AgentRefused, AgentGone, RemoteProtocolError) as error:
+        return told.ImageRefused(str(error))
+    return success
+
+
+def _store_anyway(receiver: PageReceiver, message: bytes) -> None:
+    """Planted: the data goes to memory, and into no book."""
+    chunk = decode_chunk(message, pages=receiver.ram.pages)
+    if chunk.data_page_count:
+        receiver.ram.words[:]  # the memory is there as long as its attempt
+        receiver.ram.closed = False  # type: ignore[attr-defined]
+        receiver.ram.store(chunk.run_first, chunk.run_pages, chunk.data)

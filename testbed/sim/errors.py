@@ -1,0 +1,40 @@
+"""What ends a simulated step, and what a simulated host says instead of what the real one would."""
+
+from __future__ import annotations
+
+from migration.errors import RemoteProtocolError
+
+
+class ViolationError(Exception):
+    """An invariant does not hold; the message says which and how."""
+
+    def __init__(self, invariant: str, detail: str) -> None:
+        super().__init__(f"{invariant}: {detail}")
+        self.invariant = invariant
+
+
+class ProcessDied(Exception):  # noqa: N818 - it is an event, and no error of anybody's
+    """The process that is carrying something out was killed at this very point."""
+
+
+class AgentRefused(Exception):  # noqa: N818 - as host.errors.AgentError
+    """The guest agent said no."""
+
+
+class AgentGone(Exception):  # noqa: N818 - as host.errors.AgentLost
+    """The guest agent cannot be reached."""
+
+
+class DeviceNotReady(Exception):  # noqa: N818 - as host.errors.DeviceNotReady
+    """No guest driver is up."""
+
+
+class JournalRefused(Exception):  # noqa: N818 - as host.errors.JournalConflict
+    """A transition from a state that the attempt is not in."""
+
+
+class CallRefused(Exception):  # noqa: N818 - FAILED_PRECONDITION, INVALID_ARGUMENT or RESOURCE_EXHAUSTED on the wire
+    """The destination answered a call with no."""
+
+
+REFUSALS = (CallRefused, RemoteProtocolError, AgentRefused, AgentGone, JournalRefused)

@@ -1,0 +1,146 @@
+"""What kind of world a seed is: guest, migration, link, and which faults come when. Drawn once, before anything happens.
+
+A schedule is data: it can be printed, made smaller, and played again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from testbed.sim.draw import stream
+from testbed.sim.points import POINTS
+
+if TYPE_CHECKING:
+    import random
+
+PAGES = 256
+FAULTS_MAX = 6
+ACTIVE_MS = 350  # faults begin within this time of a world
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault: at an instant, or when a process reaches a point for the nth time. `for_ms` is how long it lasts."""
+
+    kind: str
+    at_ms: float | None = None
+    point: str = ""
+    nth: int = 1
+    for_ms: float = 0.0
+    amount: float = 0.0
+
+    def __str__(self) -> str:
+        when = f"at {self.at_ms:.1f} ms" if self.at_ms is not None else f"at {self.point}, time {self.nth}"
+        lasting = f" for {self.for_ms:.1f} ms" if self.for_ms else ""
+        share = f" ({self.amount:.0%})" if self.amount else ""
+        return f"{self.kind}{share} {when}{lasting}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: getattr(self, name) for name in ("kind", "at_ms", "point", "nth", "for_ms", "amount")}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """One world."""
+
+    pages: int = PAGES
+    streams: int = 1
+    touched: float = 0.8  # of RAM, since boot
+    kept: float = 0.3
+    writes: int = 4
+    skip: str = "both"
+    integrity: str = "full"
+    hint_mode: str = "hold"
+    hint_diligence: float = 1.0  # chance that the driver does something in a slice
+    retake: float = 0.1  # chance, per slice, that a hinted block is taken back and written
+    guest_lies: bool = False
+    rehearsal: bool = False
+    rounds_max: int = 4
+    downtime_limit_ms: float = 0.5
+    timeout_ms: float = 3_000.0
+    on_timeout: str = "cancel"
+    on_rounds_max: str = "switch"
+    on_stall: str = "none"
+    link_timeout_ms: int = 0
+    hint_wait_ms: int = 20
+    latency_ms: float = 0.1
+    jitter: float = 0.5
+    bytes_per_second: float = 200e6
+    faults: tuple[Fault, ...] = ()
+
+    def with_faults(self, faults: tuple[Fault, ...]) -> Options:
+        """The same world under another schedule."""
+        return replace(self, faults=faults)
+
+
+def draw(seed: int) -> Options:
+    """The world of a seed."""
+    dice = stream(seed, "options")
+    large = dice.random() < 0.08
+    on_stall = dice.choice(("none", "none", "none", "switch", "throttle", "cancel"))
+    return Options(
+        pages=1024 if large else PAGES,
+        streams=2 if large else 1,
+        touched=dice.uniform(0.5, 1.0),
+        kept=dice.uniform(0.1, 0.4),
+        writes=dice.randint(2, 12),
+        skip=dice.choice(("none", "zero", "hint", "hint", "both", "both", "both")),
+        integrity=dice.choice(("full", "stream", "stream")),
+        hint_mode=dice.choice(("hold", "walk")),
+        hint_diligence=dice.choice((1.0, 0.5, 0.2, 0.05, 0.0)) if dice.random() < 0.5 else 1.0,
+        retake=dice.choice((0.0, 0.1, 0.5)),
+        guest_lies=dice.random() < 0.1,
+        rehearsal=dice.random() < 0.08,
+        rounds_max=dice.randint(1, 7),
+        downtime_limit_ms=dice.choice((0.0, 0.05, 0.5, 2.0)),
+        timeout_ms=dice.choice((60.0, 200.0, 3_000.0, 3_000.0, 3_000.0)),
+        on_timeout=dice.choice(("cancel", "switch")),
+        on_rounds_max=dice.choice(("switch", "switch", "switch", "cancel")),
+        on_stall=on_stall,
+        link_timeout_ms=dice.choice((0, 0, 300, 1_000)),
+        hint_wait_ms=dice.choice((2, 10, 30)),
+        latency_ms=dice.choice((0.05, 0.2, 1.0)),
+        bytes_per_second=dice.choice((50e6, 200e6, 1e9)),
+        faults=draw_faults(stream(seed, "faults")),
+    )
+
+
+def draw_faults(dice: random.Random) -> tuple[Fault, ...]:
+    """A schedule. A world in eight has none."""
+    count = 0 if dice.random() < 0.12 else dice.randint(1, FAULTS_MAX)
+    return tuple(draw_fault(dice) for _ in range(count))
+
+
+KINDS: dict[str, float] = {  # -> how often
+    "crash source node": 3.0,
+    "crash dest node": 3.0,
+    "kill source agent": 0.5,
+    "kill dest agent": 0.7,
+    "reset connections": 3.0,
+    "partition": 2.0,
+    "partition one way": 1.0,
+    "lose messages": 1.0,
+    "duplicate messages": 1.5,
+    "delay messages": 2.0,
+    "reorder messages": 1.0,
+    "hang source node": 1.0,
+    "hang dest node": 1.0,
+    "replace hung source node": 1.5,
+    "replace hung dest node": 1.5,
+    "cancel": 2.0,
+    "cut source agent link": 1.0,
+    "restart device": 0.7,
+}
+LASTING = {"lose messages", "duplicate messages", "delay messages", "reorder messages"}
+
+
+def draw_fault(dice: random.Random) -> Fault:
+    """One fault, half of them at a point of the protocol."""
+    kind = dice.choices(tuple(KINDS), tuple(KINDS.values()))[0]
+    for_ms = dice.choice((3.0, 20.0, 100.0, 600.0))
+    amount = dice.choice((0.05, 0.3, 0.8)) if kind in LASTING else 0.0
+    if dice.random() < 0.6:
+        return Fault(kind, point=dice.choice(POINTS), nth=dice.choice((1, 1, 1, 2, 3)), for_ms=for_ms, amount=amount)
+    return Fault(kind, at_ms=dice.uniform(1.0, ACTIVE_MS), for_ms=for_ms, amount=amount)

@@ -1,0 +1,53 @@
+"""Known bugs, planted one at a time, so that the simulator proves that it can fail.
+
+Each is a mistake that somebody could make in a shell or a machine; what it breaks is found by the invariants, not by
+looking for it. `docs/simulator.md` says of each what loses.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Plant(Enum):
+    """The value is the name on the command line."""
+
+    NONE = ""
+    DIRTY_LOG_CLEARED_AT_HINT = "dirty-log-cleared-at-hint"
+    HARVEST_WHILE_ID_OPEN = "harvest-while-id-open"
+    DIRTY_BIT_CLEARED_AFTER_READ = "dirty-bit-cleared-after-read"
+    RESUME_AFTER_COMMITTING = "resume-after-committing"
+    COMMIT_NOT_DURABLE = "commit-not-durable"
+    DONE_FORGOTTEN_ON_CANCEL = "done-forgotten-on-cancel"
+    RETRY_WITHOUT_ZEROING = "retry-without-zeroing"
+    STALE_ID_ACCEPTED = "stale-id-accepted"
+    ACKNOWLEDGED_FORGOTTEN_ON_RECONNECT = "acknowledged-forgotten-on-reconnect"
+    PREPARE_REPLAYED_AFTER_RESUME = "prepare-replayed-after-resume"
+    LATE_CHUNK_STORED = "late-chunk-stored"
+    TWO_PROCESSES_ONE_JOURNAL = "two-processes-one-journal"
+    DEVICE_STORES_NOT_LOGGED = "device-stores-not-logged"
+
+
+DESCRIPTIONS: dict[Plant, str] = {
+    Plant.DIRTY_LOG_CLEARED_AT_HINT: "a hint clears the pages' dirty bits, and not the send set alone",
+    Plant.HARVEST_WHILE_ID_OPEN: "one command id for all rounds: harvested while the guest still hints for it",
+    Plant.DIRTY_BIT_CLEARED_AFTER_READ: "a page's dirty bit is cleared when it was read, and not when it was harvested",
+    Plant.RESUME_AFTER_COMMITTING: "a source whose Commit is not answered lets its guest run on",
+    Plant.COMMIT_NOT_DURABLE: "COMMITTED is written and not synced before the guest runs",
+    Plant.DONE_FORGOTTEN_ON_CANCEL: "a cancelled or failed attempt does not tell the guest DONE",
+    Plant.RETRY_WITHOUT_ZEROING: "a new attempt gets the memory of the last one as if it were zero",
+    Plant.STALE_ID_ACCEPTED: "hints of an older command id count for the newest",
+    Plant.ACKNOWLEDGED_FORGOTTEN_ON_RECONNECT: "after a reconnect chunks that were stored are sent again",
+    Plant.PREPARE_REPLAYED_AFTER_RESUME: "a late PREPARED of an attempt that was turned back leads to its Commit",
+    Plant.LATE_CHUNK_STORED: "a chunk of a stream that was joined is stored when it arrives",
+    Plant.TWO_PROCESSES_ONE_JOURNAL: "a hung node and its replacement act on one journal",
+    Plant.DEVICE_STORES_NOT_LOGGED: "the device's own stores into guest memory are in no dirty log",
+}
+
+
+def plant_named(name: str) -> Plant:
+    """Raises ValueError with the names there are."""
+    known = {plant.value: plant for plant in DESCRIPTIONS}
+    if name not in known:
+        raise ValueError(f"no planted bug {name!r}; there are {', '.join(known)}")
+    return known[name]

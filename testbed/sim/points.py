@@ -1,0 +1,43 @@
+"""The points of the protocol where a simulated process may be killed, cut off or held: made from the machines' orders.
+
+Before and after every order that does something, and between writing and syncing every record.
+"""
+
+from __future__ import annotations
+
+from typing import Final, get_args
+
+from migration import commands as do
+from migration.events import Recorded
+
+# Orders that only concern the shell itself.
+UNSEEN: Final = frozenset({do.ArmTimer, do.DisarmTimer, do.Note, do.EndMigration})
+SOURCE_STATES: Final = (Recorded.STARTED, Recorded.COMMITTING, Recorded.COMPLETED, Recorded.ABORTED)
+DEST_STATES: Final = (Recorded.RECEIVING, Recorded.PREPARED, Recorded.COMMITTED, Recorded.ABORTED)
+
+
+def before(role: str, command: type) -> str:
+    """The point just before an order is carried out."""
+    return f"{role}.{command.__name__}.before"
+
+
+def after(role: str, command: type) -> str:
+    """The point just after."""
+    return f"{role}.{command.__name__}.after"
+
+
+def _points() -> tuple[str, ...]:
+    names: list[str] = []
+    for role, union, states in (
+        ("source", do.SourceCommand, SOURCE_STATES),
+        ("dest", do.DestCommand, DEST_STATES),
+    ):
+        for command in get_args(union):
+            if command not in UNSEEN:
+                names += [before(role, command), after(role, command)]
+        for state in states:
+            names += [f"{role}.{state.value}.written", f"{role}.{state.value}.recorded"]
+    return tuple(names)
+
+
+POINTS: Final = _points()

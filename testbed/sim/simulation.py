@@ -1,0 +1,363 @@
+"""One seed: two hosts, a guest, an operator who wants it moved, and a schedule of faults; judged at every step.
+
+Rule 1: the operator asks, asks again after a failure, and at last, when every fault is healed, once more without any
+        limit: that attempt must succeed wherever there is a guest.
+Rule 2: a killed process is started again by its supervisor; a hung one goes on by itself.
+Rule 3: everything follows from the seed and the schedule; a violation ends the world.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from migration.convergence import ThrottleSteps
+from migration.errors import ProtocolError
+from migration.identity import AttemptKey
+from migration.rounds import Limits
+from testbed.sim import invariants
+from testbed.sim.errors import JournalRefused, ViolationError
+from testbed.sim.guest import HELD, Agent, State, Truth
+from testbed.sim.network import Network
+from testbed.sim.node import Host
+from testbed.sim.options import ACTIVE_MS, Fault, Options, draw
+from testbed.sim.plants import Plant
+from testbed.sim.world import MS, World
+
+if TYPE_CHECKING:
+    from migration import commands as do
+
+HEAL_MS = ACTIVE_MS + 400
+SETTLE_MS = 12_000  # the slowest honest way: deadlines, silence and retries one after the other
+FINAL_MS = 8_000
+RELEASE_MS = 400_000  # a slow driver looks only now and then
+ATTEMPTS_MAX = 4
+QUIET_NS = 400 * MS
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a world."""
+
+    seed: int
+    steps: int
+    coverage: Counter[str]
+    violation: str = ""
+    options: Options = field(default_factory=Options)
+    transcript: list[str] = field(default_factory=list)
+
+
+class Simulation:
+    """One world from its beginning to its judgement."""
+
+    def __init__(self, seed: int, options: Options, plant: Plant, *, transcript: bool = False) -> None:
+        world = self.world = World(seed, plant, transcript=transcript)
+        self.options = options
+        self.truth = Truth(options.pages)
+        self.network = Network(world, options)
+        self.source = Host(world, "a", options, self.network)
+        self.dest = Host(world, "b", options, self.network)
+        self.source.peer, self.dest.peer = self.dest, self.source
+        self.lost_is_possible = False
+        self.attempts = 0
+        self.rehearse = options.rehearsal
+        self.healed = False
+        self._dice = world.dice("operator")
+        self._last_outcome = ""
+        world.guest_pause_ns = self._guest_pause_ns
+        for host in (self.source, self.dest):
+            self._new_agent(host)
+
+    @property
+    def hosts(self) -> list[Host]:
+        """Both."""
+        return [self.source, self.dest]
+
+    def _new_agent(self, host: Host) -> None:
+        agent = host.agent = Agent(self.world, f"{host.name}.agent", self.options, self.truth)
+        agent.running_changed = lambda: self._owner_changed(agent)
+
+    def _guest_pause_ns(self) -> int:
+        """Between two slices of the guest: short while a migration goes on, long when nothing ever will."""
+        node = self.source.node
+        if node is not None and node.run is not None and not node.run.over:
+            waits = node.run.machine.phase.name in {"COMMITTING", "PREPARING"}
+            return 5 * MS if waits else MS
+        return QUIET_NS if self.healed else 6 * MS
+
+    # -- the run -------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Everything; never raises for what the world did."""
+        violation = ""
+        try:
+            self._run()
+        except ViolationError as error:
+            violation = str(error)
+        except (ProtocolError, JournalRefused, AssertionError) as error:
+            violation = f"a machine failed: {type(error).__name__}: {error}"
+        world = self.world
+        if violation:
+            world.say("world", f"VIOLATION {violation}")
+        return Outcome(world.seed, world.steps, world.coverage, violation, self.options, world.transcript or [])
+
+    def _run(self) -> None:
+        world = self.world
+        self.source.agent.boot()
+        for host in self.hosts:
+            host.start_node()
+        self._watch_ends()
+        world.after(self._dice.randrange(4, 12) * MS, self._ask)
+        for fault in self.options.faults:
+            self._arm(fault)
+        world.run_until(HEAL_MS * MS, lambda: False)
+        self._heal()
+        world.run_until(world.now_ns + SETTLE_MS * MS, self._settled)
+        if not self._settled():
+            raise ViolationError("ends within a bound", self._standing())
+        self._finish()
+
+    def _finish(self) -> None:
+        world = self.world
+        owner = self._owner()
+        if owner is self.source:
+            world.run_until(world.now_ns + FINAL_MS * MS, self._final_attempt_over)
+            owner = self._owner()
+            if owner is not self.dest and owner is not None:
+                raise ViolationError("a new attempt succeeds", f"it ended {self._last_outcome or 'never'}; {self._standing()}")
+        if owner is None:
+            if not self.lost_is_possible:
+                raise ViolationError("exactly one owner", self._standing())
+            return
+        guest = owner.agent.guest
+        assert guest is not None, "an owner has a guest"
+
+        def given_back() -> bool:
+            return not (guest.kinds == HELD).any()
+
+        world.run_until(world.now_ns + 100 * MS, lambda: False)
+        world.run_until(world.now_ns + RELEASE_MS * MS, given_back)
+        invariants.hints_given_back(owner)
+        invariants.memory_is_whole(owner.agent, self.truth)
+        world.run_until(world.now_ns + 4_000 * MS, lambda: not (self.network.calls or self.network.pipes))
+        invariants.nothing_is_left(self.hosts)
+
+    def _final_attempt_over(self) -> bool:
+        node = self.source.node
+        if node is not None and node.can_migrate() and self._last_outcome != "completed":
+            if self.attempts > 2 * ATTEMPTS_MAX:
+                return True
+            self._migrate(final=True)
+        return self._owner() is not self.source and self._settled()
+
+    # -- the operator --------------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        """Ask for a migration if none is under way and attempts are left; look again in a moment."""
+        if self.healed or self._last_outcome == "completed" or self.attempts >= ATTEMPTS_MAX:
+            return
+        node = self.source.node
+        if node is not None and node.can_migrate():
+            self._migrate(final=False)
+        self.world.after(self._dice.randrange(5, 40) * MS, self._ask)
+
+    def _migrate(self, *, final: bool) -> None:
+        node = self.source.node
+        assert node is not None, "who can migrate is there"
+        self.attempts += 1
+        key = AttemptKey("m", self.attempts, self.source.agent.epoch)
+        rehearsal, self.rehearse = self.rehearse and not final, False
+        limits = Limits(rounds_max=3, timeout_ms=math.inf) if final else self._limits()
+        self.world.say("operator", f"asks for attempt {self.attempts}{' (a rehearsal)' if rehearsal else ''}")
+        node.on_ended = self._ended
+        node.migrate(key, self.options, rehearsal=rehearsal, limits=limits)
+
+    def _limits(self) -> Limits:
+        options = self.options
+        return Limits(
+            rounds_max=options.rounds_max,
+            downtime_limit_ms=options.downtime_limit_ms,
+            timeout_ms=options.timeout_ms,
+            on_rounds_max=options.on_rounds_max,  # type: ignore[arg-type]
+            on_timeout=options.on_timeout,  # type: ignore[arg-type]
+            on_stall=options.on_stall,  # type: ignore[arg-type]
+            throttle=ThrottleSteps(20, 30, 80) if options.on_stall == "throttle" else None,
+            bandwidth=None,
+            link_timeout_ms=options.link_timeout_ms,
+        )
+
+    def _ended(self, command: do.EndMigration) -> None:
+        self._last_outcome = command.outcome
+
+    def _watch_ends(self) -> None:
+        for host in self.hosts:
+            if host.node is not None:
+                host.node.on_ended = self._ended
+
+    # -- faults --------------------------------------------------------------------------------
+
+    def _arm(self, fault: Fault) -> None:
+        if fault.at_ms is not None:
+            self.world.after(int(fault.at_ms * MS), lambda: self._apply(fault))
+            return
+        waiting = self.world.at_point.setdefault(fault.point, [])
+        waiting.extend([lambda: None] * (fault.nth - 1 - len(waiting)))
+        waiting.append(lambda: self._apply(fault))
+
+    def _apply(self, fault: Fault) -> None:  # noqa: C901, PLR0912 - one arm per fault
+        if self.healed:
+            return
+        world, network, kind = self.world, self.network, fault.kind
+        world.say("fault", str(fault))
+        world.coverage[f"fault {kind}"] += 1
+        until_ns = int(fault.for_ms * MS)
+        host = self.source if "source" in kind else self.dest
+        if kind.startswith("crash"):
+            host.kill_node()
+            world.after(until_ns, lambda: self._restart(host))
+        elif kind.startswith("kill"):
+            self._kill_agent(host)
+            world.after(until_ns, lambda: self._reboot(host))
+        elif kind == "reset connections":
+            network.reset()
+        elif kind == "partition":
+            network.shut("source", "dest")
+            world.after(until_ns, lambda: self._open("source", "dest"))
+        elif kind == "partition one way":
+            way = self._dice.choice(("source", "dest"))
+            network.shut(way)
+            world.after(until_ns, lambda: self._open(way))
+        elif kind in {"lose messages", "duplicate messages", "delay messages", "reorder messages"}:
+            word = kind.split()[0]
+            network.shares[word] = fault.amount
+            world.after(until_ns, lambda: network.shares.update({word: 0.0}))
+        elif "hang" in kind or "hung" in kind:
+            self._hang(host, until_ns, replaced="replace" in kind)
+        elif kind == "cancel":
+            node = self.source.node
+            if node is not None and node.run is not None:
+                node.run.cancel("cancelled by the operator")
+        elif kind == "cut source agent link":
+            if self.source.node is not None and self.source.node.alive:
+                node = self.source.node
+                world.after(0, lambda: node.run is not None and node.lost_agent(), node)
+                world.after(until_ns, lambda: self._reconnect(self.source))
+        else:
+            assert kind == "restart device", kind
+            if self.source.node is not None:
+                self.source.node.balloon.disconnect()
+            world.after(until_ns, lambda: self._reconnect(self.source))
+
+    def _open(self, *ways: str) -> None:
+        if not self.healed:
+            self.network.open(*ways)
+
+    def _reconnect(self, host: Host) -> None:
+        node = host.node
+        if node is not None and node.alive and host.agent.alive and host.agent.state is State.RUNNING:
+            node.balloon.connect()
+
+    def _restart(self, host: Host) -> None:
+        if host.node is None or not host.node.alive:
+            self.world.say(host.name, "the node is started again")
+            host.start_node()
+            self._watch_ends()
+
+    def _hang(self, host: Host, for_ns: int, *, replaced: bool) -> None:
+        node = host.node
+        if node is None or not node.alive or node.hung:
+            return
+        node.hung = True
+        self.world.say(host.name, "the node hangs")
+        if replaced:
+            self.world.after(for_ns // 3, lambda: self._replace(host))
+        self.world.after(for_ns, lambda: node.alive and self._wake(host, node))
+
+    def _wake(self, host: Host, node: object) -> None:
+        assert node is host.node or self.world.plant is Plant.TWO_PROCESSES_ONE_JOURNAL, "only a lock keeps them apart"
+        self.world.say(host.name, "the hung node goes on")
+        node.wake()  # type: ignore[attr-defined]
+
+    def _replace(self, host: Host) -> None:
+        if host.node is not None and host.node.hung:
+            host.start_node()
+            self._watch_ends()
+
+    def _kill_agent(self, host: Host) -> None:
+        agent = host.agent
+        if not agent.alive:
+            return
+        entry = host.journal.newest("dest")
+        promised = agent.state is State.RESTORED and entry is not None and entry.state == "COMMITTED"
+        if agent.state in (State.RUNNING, State.PAUSED) or promised:
+            self.lost_is_possible = True
+        self.world.say(host.name, f"the guest agent is killed, {agent.state.value}")
+        agent.die()
+        if host.node is not None and host.node.alive:
+            node = host.node
+            self.world.after(MS, node.lost_agent, node)
+
+    def _reboot(self, host: Host) -> None:
+        """An agent that died comes back empty, and its node with it."""
+        if host.agent.alive:
+            return
+        host.kill_node()
+        self._new_agent(host)
+        host.start_node()
+        self._watch_ends()
+
+    def _heal(self) -> None:
+        """No fault is left, and whoever was stopped goes on."""
+        self.healed = True
+        world = self.world
+        world.say("world", "every fault is healed")
+        world.at_point.clear()
+        self.network.heal()
+        for host in self.hosts:
+            if not host.agent.alive:
+                self._reboot(host)
+            elif host.node is None or not host.node.alive:
+                self._restart(host)
+            elif host.node.hung:
+                self._wake(host, host.node)
+            self._reconnect(host)
+
+    # -- judging -------------------------------------------------------------------------------
+
+    def _owner_changed(self, agent: Agent) -> None:
+        agents = [host.agent for host in self.hosts]
+        invariants.one_owner(agents)
+        if agent is self.dest.agent and agent.state is State.RUNNING:
+            invariants.handed_over(self.source.agent, agent, self.truth)
+
+    def _owner(self) -> Host | None:
+        for host in self.hosts:
+            if host.agent.alive and host.agent.state is State.RUNNING:
+                return host
+        return None
+
+    def _settled(self) -> bool:
+        for host in self.hosts:
+            node = host.node
+            if node is None or not node.serving or (node.run is not None and not node.run.over):
+                return False
+        return self._owner() is not None or self.lost_is_possible
+
+    def _standing(self) -> str:
+        """How everything stands, in one line."""
+        parts = []
+        for host in self.hosts:
+            node = host.node
+            run = "" if node is None or node.run is None else f", source {node.run.machine.phase.name}"
+            dest = "" if node is None else f", dest {node.intake.machine.phase.name}"
+            parts.append(f"{host.name}: guest {host.agent.state.value}{run}{dest}")
+        return "; ".join(parts)
+
+
+def simulate(
+    seed: int, plant: Plant = Plant.NONE, *, options: Options | None = None, transcript: bool = False
+) -> Outcome:
+    """The world of a seed, or the same seed's under other options."""
+    return Simulation(seed, options or draw(seed), plant, transcript=transcript).run()

@@ -1,0 +1,494 @@
+"""The source role of a simulated node: source_node/migration_run.py and shell.py in virtual time, and its restart.
+
+Rule 1: one thing at a time, with a moment between two orders: the guest lives on between them.
+Rule 2: the order of effects is the real shell's; what fails is told as the real shell tells it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, assert_never
+
+from host.trackers import UffdTracker
+from migration import commands as do
+from migration import events as told
+from migration.codec import image_digest
+from migration.errors import RemoteProtocolError
+from migration.source_machine import SourceMachine
+from source_node.page_reader import PageReader
+from testbed.sim import points
+from testbed.sim.errors import AgentGone, AgentRefused, DeviceNotReady, ViolationError
+from testbed.sim.network import Lost, Refusal
+from testbed.sim.page_lanes import SimStreams
+from testbed.sim.plants import Plant
+from testbed.sim.world import MS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from host.hint_batch import HintBatch
+    from migration.identity import AttemptKey
+    from migration.pages import BoolArray, U64Array
+    from testbed.sim.node import Node
+
+STEP_NS = 15_000
+OPEN_NS, PREPARE_NS, COMMIT_NS = 1_500 * MS, 3_000 * MS, 800 * MS
+FAREWELL_NS = 500 * MS
+CLOSE_NS = 800 * MS
+EVENTS_MAX = 64  # of a machine's queue: hint reports come slower than they are taken
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """What Prepare carries."""
+
+    key: AttemptKey
+    incarnation: str
+    image_digest: int
+    vcpu_state: bytes
+    device: bytes
+    chunks: int
+    rehearsal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the operator asked for."""
+
+    key: AttemptKey
+    skip: told.Skip
+    limits: Any
+    integrity: str
+    hint_wait_ms: int
+    rehearsal: bool
+    streams: int
+
+
+class Scanner:
+    """The kernel's write protection as host/pagemap.py gives it."""
+
+    def __init__(self, run: SourceRun) -> None:
+        self._run = run
+
+    def scan_and_protect(self) -> BoolArray:
+        """Pages written since the last time."""
+        guest = self._run.guest
+        dirty = guest.written.copy()
+        if self._run.node.world.plant is not Plant.DIRTY_BIT_CLEARED_AFTER_READ or not self._run.tracking:
+            guest.written[:] = False
+        return dirty
+
+
+class SourceRun:
+    """One attempt. `ended` is told once, with the outcome."""
+
+    def __init__(self, node: Node, order: Order, ended: Callable[[SourceRun, do.EndMigration], None]) -> None:
+        assert node.agent.guest is not None, "a migration needs a guest"
+        self.node = node
+        self.order = order
+        self.machine = SourceMachine()
+        self.guest = node.agent.guest
+        self.tracking = False
+        self.over = False
+        self.hints_asked = False
+        self._ended = ended
+        self._events: deque[told.SourceEvent] = deque()
+        self._first: deque[told.SourceEvent] = deque()
+        self._commands: deque[do.SourceCommand] = deque()
+        self._timers: dict[told.Timer, object] = {}
+        self._blocked = False
+        self._stepping = False
+        self._calls: list[Any] = []
+        self._streams: SimStreams | None = None
+        self._reader: PageReader | None = None
+        self._tracker: UffdTracker | None = None
+        self._incarnation = ""
+        self._prepare: Prepare | None = None
+        self._kept_id = 0  # planted: the one command id
+        self._rounds_sent: dict[int, int] = {}
+        node.balloon.sink = self._hinted
+
+    # -- from outside --------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin."""
+        order = self.order
+        self._first.append(
+            told.MigrationRequested(
+                order.key, self.guest.ram.pages, order.skip, order.limits, order.hint_wait_ms, order.rehearsal
+            )
+        )
+        self._go_on()
+
+    def take_up(self, digest: int) -> None:
+        """An attempt that was COMMITTING when the process ended."""
+        self._first.append(told.CommitPending(self.order.key, digest))
+        self._go_on()
+
+    def cancel(self, reason: str) -> None:
+        """The wish."""
+        self.post(told.CancelRequested(reason))
+
+    def post(self, event: told.SourceEvent) -> None:
+        """Queue a fact."""
+        if self.over:
+            return
+        self._events.append(event)
+        if len(self._events) > EVENTS_MAX:
+            raise ViolationError("bounded", f"{len(self._events)} events wait for the source machine")
+        self._go_on()
+
+    def _hinted(self, batch: HintBatch) -> None:
+        if self.node.world.plant is Plant.DIRTY_LOG_CLEARED_AT_HINT:
+            self._forget_dirty(batch)
+        self.post(_report(batch))
+
+    def _forget_dirty(self, batch: HintBatch) -> None:
+        for first, count in zip(batch.pfn_first.tolist(), batch.page_count.tolist(), strict=True):
+            self.guest.written[first : first + count] = False
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        if not self._stepping and not self.over:
+            self._stepping = True
+            self.node.world.after(STEP_NS, self._step, self.node)
+
+    def _step(self) -> None:
+        self._stepping = False
+        if self.over or self._blocked:
+            return
+        if self._commands:
+            self._execute(self._commands.popleft())
+        elif self._first:
+            self._handle(self._first.popleft())
+        elif self._events:
+            self._handle(self._events.popleft())
+        else:
+            return
+        if not self.over:
+            self._go_on()
+
+    def _handle(self, event: told.SourceEvent) -> None:
+        world, machine = self.node.world, self.machine
+        before = machine.phase
+        self._commands.extend(machine.handle(event, world.now_ns))
+        world.coverage[f"source {before.name} {type(event).__name__} {machine.phase.name}"] += 1
+        if world.transcript is not None:
+            world.say(self.node.name, f"{_told(event)}: {before.name} -> {machine.phase.name}")
+        if self.machine.round_set is not None:
+            self.machine.round_set.ledger  # noqa: B018 - balanced when frozen; a wrong sum raises there
+        if self._plants_late(event):
+            return
+
+    def _plants_late(self, event: told.SourceEvent) -> bool:
+        plant = self.node.world.plant
+        lost = isinstance(event, told.LinkLost | told.PeerLost)
+        committing = self.machine.phase.name == "COMMITTING"
+        if plant is Plant.RESUME_AFTER_COMMITTING and committing and lost:
+            self.node.agent.resume(self.order.key.guest_epoch)
+            return True
+        return False
+
+    def _execute(self, command: do.SourceCommand) -> None:
+        world, seen = self.node.world, type(command) not in points.UNSEEN
+        if seen:
+            world.reach(points.before("source", type(command)))
+        if world.transcript is not None:
+            world.say(self.node.name, f"    {_told(command)}")
+        try:
+            self._carry_out(command)
+        except (AgentRefused, AgentGone, DeviceNotReady) as error:
+            self.post(told.HostFailed(f"{type(command).__name__}: {error}"))
+        except RemoteProtocolError as error:
+            self.post(told.PeerLost(f"{type(command).__name__}: {error}"))
+        if seen:
+            world.reach(points.after("source", type(command)))
+
+    def _carry_out(self, command: do.SourceCommand) -> None:  # noqa: C901, PLR0912, PLR0915 - one arm per order
+        node, agent = self.node, self.node.agent
+        match command:
+            case do.RecordState():
+                self._record(command)
+            case do.OpenDestination():
+                self._open(resume=False)
+            case do.ResumeDestination():
+                self._open(resume=True)
+            case do.ResumeStreams(stored_below):
+                lost = self._lanes.resume(stored_below)
+                self.post(told.StreamsResumed(len(lost)))
+            case do.ThrottleGuest(percent):
+                agent.throttle(percent)
+            case do.StartTracking():
+                self._start_tracking()
+            case do.Harvest():
+                self._harvest()
+            case do.OpenHints():
+                self._open_hints()
+            case do.CloseHints():
+                self._close_hints()
+            case do.EndHints():
+                if node.world.plant is not Plant.DONE_FORGOTTEN_ON_CANCEL:
+                    node.balloon.hints_done()
+            case do.ArmTimer(timer, delay_ms):
+                self._arm(timer, delay_ms)
+            case do.DisarmTimer(timer):
+                self._timers.pop(timer, None)
+            case do.SendPages(round_index, pfns):
+                self._lanes.send(round_index, pfns)
+            case do.AwaitAcknowledgements():
+                round_set = self.machine.round_set
+                self._lanes.await_acknowledgements(round_set.index if round_set else 0)
+            case do.PauseGuest():
+                agent.pause()
+                node.balloon.serve_out()
+                self.post(told.GuestPaused())
+            case do.SaveGuest(rehearsal):
+                self._save(rehearsal)
+            case do.SendPrepare():
+                self._send_prepare()
+            case do.SendCommit(key, digest):
+                self._send_commit(key, digest)
+            case do.KeepEvidence():
+                self.post(told.EvidenceKept())
+            case do.ResumeGuest(key):
+                agent.resume(key.guest_epoch)
+                self.post(told.GuestResumed())
+            case do.FreezeGuest():
+                self._freeze()
+            case do.AbortDestination(key, reason):
+                self._farewell(lambda intake: intake.abort(key, reason))
+            case do.ForgetDestination(key):
+                self._farewell(lambda intake: intake.forget(key))
+            case do.Note():
+                pass
+            case do.EndMigration():
+                self._finish(command)
+            case _ as never:
+                assert_never(never)
+
+    @property
+    def _lanes(self) -> SimStreams:
+        assert self._streams is not None, "no page stream was opened"
+        return self._streams
+
+    # -- orders --------------------------------------------------------------------------------
+
+    def _record(self, command: do.RecordState) -> None:
+        journal, key, state = self.node.journal, command.key, command.state
+        if state is told.Recorded.STARTED:
+            journal.begin(key, "source", state.value, detail=self.order.integrity)
+        elif state is told.Recorded.COMPLETED:
+            journal.move(key, "source", {"COMMITTING"}, state.value)
+        elif state is told.Recorded.COMMITTING:
+            assert self._prepare is not None, "COMMITTING without a Prepare"
+            journal.move(key, "source", {"STARTED"}, state.value, digest=self._prepare.image_digest)
+        else:
+            journal.move(key, "source", {"STARTED", "COMMITTING"}, state.value, detail=command.reason)
+        self.post(told.StateRecorded(state))
+
+    def _arm(self, timer: told.Timer, delay_ms: int) -> None:
+        mark = self._timers[timer] = object()
+
+        def fire() -> None:
+            if self._timers.get(timer) is mark:
+                del self._timers[timer]
+                self.post(told.TimerFired(timer))
+
+        self.node.world.after(delay_ms * MS, fire, self.node)
+
+    def _call(self, serve: Callable[[Any], Any], answered: Callable[[Any], told.SourceEvent], limit_ns: int) -> None:
+        def done(answer: Any) -> None:
+            match answer:
+                case Lost(reason):
+                    self.post(told.LinkLost(reason))
+                case Refusal(reason):
+                    self.post(told.PeerLost(reason))
+                case _:
+                    self._answered(answered(answer))
+
+        self._calls.append(self.node.peer_call(serve, done, limit_ns))
+
+    def _answered(self, event: told.SourceEvent) -> None:
+        prepared = isinstance(event, told.PrepareAnswered) and event.answer is told.Answer.PREPARED
+        if self.over and prepared and self.node.world.plant is Plant.PREPARE_REPLAYED_AFTER_RESUME:
+            assert self._prepare is not None, "an answer without its question"
+            key, digest = self.order.key, self._prepare.image_digest
+            self.node.peer_call(lambda intake: intake.commit(key, digest), lambda _: None, COMMIT_NS)
+        self.post(event)
+
+    def _open(self, *, resume: bool) -> None:
+        order, pages = self.order, self.guest.ram.pages
+        limit_ms = order.limits.link_timeout_ms
+
+        def opened(answer: tuple[str, tuple[int, ...]]) -> told.SourceEvent:
+            self._incarnation, stored_below = answer
+            return told.DestinationResumed(stored_below) if resume else told.DestinationOpened(answer[0])
+
+        self._call(
+            lambda intake: intake.open(order.key, pages, order.integrity, order.streams, resume, limit_ms),
+            opened,
+            OPEN_NS,
+        )
+
+    def _start_tracking(self) -> None:
+        node = self.node
+        self._reader = PageReader(
+            self.guest.ram,  # type: ignore[arg-type]  # the same face
+            incarnation=self._incarnation,
+            attempt=self.order.key.attempt,
+            detects_zero=self.order.skip.detects_zero,
+        )
+        streams = SimStreams(
+            node.world, node, node.network, node.peer_accept, self._reader, self.order.streams
+        )
+        streams.sent = self._pages_sent
+        streams.acknowledged = lambda: self.post(told.AllAcknowledged())
+        streams.lost = lambda reason, refused: self.post(
+            told.PeerLost(reason) if refused else told.LinkLost(reason)
+        )
+        streams.was_read = self._was_read
+        self._streams = streams
+        self._tracker = UffdTracker(Scanner(self), node.balloon.log)  # type: ignore[arg-type]
+        self._tracker.start()
+        self.tracking = True
+        self._reader.find_holes()
+        self.post(told.TrackingStarted())
+
+    def _pages_sent(self, sent: told.PagesSent) -> None:
+        self.post(sent)
+
+    def _was_read(self, pfns: U64Array) -> None:
+        if self.node.world.plant is Plant.DIRTY_BIT_CLEARED_AFTER_READ:
+            guest = self.guest
+
+            def clear() -> None:
+                guest.written[pfns] = False
+
+            self.node.world.after(MS, clear, self.node)
+
+    def _harvest(self) -> None:
+        assert self._tracker is not None, "tracking was not started"
+        self.post(told.Harvested(self._tracker.harvest()))
+
+    def _open_hints(self) -> None:
+        balloon = self.node.balloon
+        self.hints_asked = True
+        if self._kept_id:
+            self._first.appendleft(told.HintsOpened(self._kept_id))
+            return
+        try:
+            command_id = balloon.open_hints()
+        except DeviceNotReady:
+            self._first.appendleft(told.HintsReported(0, stopped=True))
+            self._first.appendleft(told.HintsOpened(0))
+            return
+        if self.node.world.plant is Plant.HARVEST_WHILE_ID_OPEN:
+            self._kept_id = command_id
+        self._first.appendleft(told.HintsOpened(command_id))
+
+    def _close_hints(self) -> None:
+        if self._kept_id:
+            self.post(told.HintsClosed(told.HintsReported(self._kept_id)))
+            return
+        last = self.node.balloon.close_hints()
+        if self.node.world.plant is Plant.DIRTY_LOG_CLEARED_AT_HINT:
+            self._forget_dirty(last)
+        self.post(told.HintsClosed(_report(last)))
+
+    def _save(self, rehearsal: bool) -> None:
+        vcpu_state = b"" if rehearsal else self.node.agent.save()
+        device = self.node.balloon.device_state()
+        self._blocked = True
+
+        def closed(in_order: bool) -> None:
+            if self.over or not self._blocked:
+                return
+            self._blocked = False
+            if in_order:
+                self._saved(vcpu_state, device, rehearsal)
+            else:
+                self.post(told.HostFailed("SaveGuest: the destination did not end the page stream"))
+            self._go_on()
+
+        self._lanes.close(closed)
+        self.node.world.after(CLOSE_NS, lambda: closed(False), self.node)
+
+    def _saved(self, vcpu_state: bytes, device: bytes, rehearsal: bool) -> None:
+        assert self._reader is not None, "tracking was not started"
+        digest = image_digest(self._reader.sent_hashes, vcpu_state, device)
+        self._prepare = Prepare(
+            self.order.key,
+            self._incarnation,
+            digest,
+            vcpu_state,
+            device,
+            self._lanes.sent_chunks,
+            rehearsal,
+        )
+        self.post(told.GuestSaved(digest))
+
+    def _send_prepare(self) -> None:
+        prepare = self._prepare
+        assert prepare is not None, "Prepare before the guest was saved"
+        self._call(
+            lambda intake: intake.prepare(prepare),
+            lambda reply: told.PrepareAnswered(reply.answer, reply.reason),
+            PREPARE_NS,
+        )
+
+    def _send_commit(self, key: AttemptKey, digest: int) -> None:
+        self._call(
+            lambda intake: intake.commit(key, digest),
+            lambda reply: told.CommitAnswered(reply.answer, reply.reason),
+            COMMIT_NS,
+        )
+
+    def _freeze(self) -> None:
+        try:
+            self.node.agent.freeze()
+        except (AgentGone, AgentRefused) as error:
+            self.node.world.say(self.node.name, f"freeze failed: {error}")
+
+    def _farewell(self, serve: Callable[[Any], Any]) -> None:
+        if self._streams is not None and not self._lanes_over():
+            self._lanes.cancel()
+        self.node.peer_call(serve, lambda _: None, FAREWELL_NS)
+
+    def _lanes_over(self) -> bool:
+        return self._streams is None or self._streams._over  # noqa: SLF001 - one shell in two files
+
+    def _finish(self, command: do.EndMigration) -> None:
+        self.over = True
+        if self._streams is not None:
+            self._streams.cancel()
+        if self.node.world.plant is not Plant.PREPARE_REPLAYED_AFTER_RESUME:
+            for call in self._calls:
+                call.forget()
+        self.node.balloon.sink = lambda _: None
+        self._ended(self, command)
+
+
+def _report(batch: HintBatch) -> told.HintsReported:
+    return told.HintsReported(
+        command_id=batch.command_id,
+        pfn_first=batch.pfn_first,
+        page_count=batch.page_count,
+        stopped=batch.stopped,
+        stale_pages=batch.stale_pages,
+        rejected_ranges=batch.rejected_ranges,
+    )
+
+
+def _told(what: Any) -> str:
+    """One line about an event or an order."""
+    parts = []
+    for name in getattr(what, "__slots__", ()):
+        value = getattr(what, name)
+        if hasattr(value, "dtype"):
+            value = f"{int(value.sum())} set" if value.dtype == bool else f"[{len(value)}]"
+        elif isinstance(value, dict):
+            continue
+        parts.append(f"{name}={getattr(value, 'name', value)}")
+    return f"{type(what).__name__}({', '.join(parts)})"
