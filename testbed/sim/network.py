@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from testbed.sim.options import Options
     from testbed.sim.world import World
 
+RETRANSMIT_NS = 15 * MS  # what a short outage costs a message
 NOTICE_NS = 30 * MS  # a connection that broke is noticed within this
 KEEPALIVE_NS = 150 * MS  # one that went silent, within this: shorter than the real one's ten seconds
 
@@ -86,7 +87,7 @@ class Network:
         self.world.after(timeout_ns, lambda: call.end(Lost("deadline exceeded")), caller)
         copies = 2 if self.happens("duplicate") else 1
         for copy in range(copies):
-            if self.cut["dest"] or self.happens("lose"):
+            if self.happens("lose"):
                 continue
             delay_ns = self.latency_ns() + copy * self._dice.randrange(1, 80) * MS
             if self.happens("delay"):
@@ -99,6 +100,11 @@ class Network:
     def _arrive(
         self, call: _Call, server: Callable[[], Process | None], serve: Callable[[Process], Any]
     ) -> None:
+        if call.over:
+            return
+        if self.cut["dest"]:
+            self.world.after(RETRANSMIT_NS, lambda: self._arrive(call, server, serve))
+            return
         process = server()
         if process is None or not process.alive:
             self.world.after(self.latency_ns(), lambda: call.end(Lost("connection refused")), call.caller)
@@ -106,14 +112,20 @@ class Network:
 
         def handle() -> None:
             answer = serve(process)
-            if self.cut["source"] or self.happens("lose"):
+            if self.happens("lose"):
                 return
             delay_ns = self.latency_ns()
             if self.happens("delay"):
                 delay_ns += self._dice.randrange(1, 400) * MS
-            self.world.after(delay_ns, lambda: call.end(answer), call.caller)
+            self.world.after(delay_ns, lambda: self._return(call, answer), call.caller)
 
         self.world.after(0, handle, process)
+
+    def _return(self, call: _Call, answer: Any) -> None:
+        if self.cut["source"] and not call.over:
+            self.world.after(RETRANSMIT_NS, lambda: self._return(call, answer), call.caller)
+        else:
+            call.end(answer)
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -121,10 +133,19 @@ class Network:
         """A stream towards the destination."""
         pipe = Pipe(self, source)
         self.pipes.append(pipe)
-        if not self.cut["dest"]:
-            self.world.after(self.latency_ns(), lambda: accept(pipe))
-        else:
-            self.world.after(KEEPALIVE_NS, lambda: pipe.broken("the connection timed out"))
+        until_ns = self.world.now_ns + KEEPALIVE_NS
+
+        def connect() -> None:
+            if not pipe.source_up:
+                return
+            if not self.cut["dest"]:
+                accept(pipe)
+            elif self.world.now_ns < until_ns:
+                self.world.after(RETRANSMIT_NS, connect)
+            else:
+                pipe.broken("the connection timed out")
+
+        self.world.after(self.latency_ns(), connect)
         return pipe
 
     def reset(self, why: str = "connection reset") -> None:
@@ -151,8 +172,7 @@ class Network:
 
         def look() -> None:
             if any(self.cut[direction] for direction in directions):
-                for pipe in tuple(self.pipes):
-                    pipe.broken("keepalive timed out")
+                self.reset("keepalive timed out")
 
         self.world.after(KEEPALIVE_NS, look)
 
@@ -174,6 +194,11 @@ class _Call:
         self.caller = caller
         self._network = network
         self._answered: Callable[[Any], None] | None = answered
+
+    @property
+    def over(self) -> bool:
+        """Whether it has its answer, or nobody wants one."""
+        return self._answered is None
 
     def end(self, answer: Any) -> None:
         """The first end counts."""
@@ -204,6 +229,7 @@ class Pipe:
         self._network = network
         self._world = network.world
         self._waiting: deque[tuple[str, Any]] = deque()  # sent before the destination took the call
+        self._held: deque[tuple[str, Any]] = deque()  # while the link is shut
         self._last_at_ns = 0
 
     # -- the source's end ----------------------------------------------------------------------
@@ -211,8 +237,6 @@ class Pipe:
     def send(self, message: bytes) -> None:
         """One chunk."""
         network = self._network
-        if network.cut["dest"]:
-            return  # the keepalive will notice
         if network.happens("lose"):
             self.broken("too many retransmissions")
             return
@@ -222,16 +246,14 @@ class Pipe:
 
     def half_close(self) -> None:
         """No more chunks."""
-        if not self._network.cut["dest"]:
-            self._later("end", None, 0, overtakes=False)
+        self._later("end", None, 0, overtakes=False)
 
     def cancel(self) -> None:
         """The source lets go of the call; the destination hears of it."""
         if self.source_up:
             self.source_up = False
             self._drop()
-            if not self._network.cut["dest"]:
-                self._world.after(self._network.latency_ns(), lambda: self._end_dest("cancelled by the source"))
+            self._later("cancel", None, 0, overtakes=False)
 
     def _later(self, what: str, message: Any, delay_ns: int, *, overtakes: bool) -> None:
         network = self._network
@@ -243,14 +265,28 @@ class Pipe:
         self._world.after(at_ns - self._world.now_ns, lambda: self._deliver(what, message))
 
     def _deliver(self, what: str, message: Any) -> None:
+        if self._network.cut["dest"]:
+            self._held.append((what, message))
+            if len(self._held) == 1:
+                self._world.after(RETRANSMIT_NS, self._retransmit)
+            return
         if self.dest is None:
             self._waiting.append((what, message))
             return
         self._world.after(0, lambda: self._take(what, message), self.dest)
 
+    def _retransmit(self) -> None:
+        if not self.dest_up and self._network.cut["dest"]:
+            return
+        held, self._held = self._held, deque()
+        for what, message in held:
+            self._deliver(what, message)
+
     def _take(self, what: str, message: Any) -> None:
         if what == "end":
             self._end_dest("")
+        elif what == "cancel":
+            self._end_dest("cancelled by the source")
         elif self.at_dest is not None and (self.dest_up or self._world.plant is Plant.LATE_CHUNK_STORED):
             self.at_dest(message)
 
@@ -265,11 +301,11 @@ class Pipe:
 
     def acknowledge(self, stored_below: int) -> None:
         """Cumulative."""
-        if self._network.cut["source"]:
-            return
 
         def arrive() -> None:
-            if self.source_up:
+            if self._network.cut["source"] and self.source_up:
+                self._world.after(RETRANSMIT_NS, arrive, self.source)
+            elif self.source_up:
                 self.at_source(stored_below)
 
         self._world.after(self._network.latency_ns(), arrive, self.source)
@@ -277,8 +313,14 @@ class Pipe:
     def close(self, reason: str = "", *, refused: bool = False) -> None:
         """The destination ends the call: in order (""), or with a reason."""
         self.dest_up = False
-        if not self._network.cut["source"]:
-            self._world.after(self._network.latency_ns(), lambda: self._end_source(reason, refused), self.source)
+
+        def arrive() -> None:
+            if self._network.cut["source"] and self.source_up:
+                self._world.after(RETRANSMIT_NS, arrive, self.source)
+            else:
+                self._end_source(reason, refused)
+
+        self._world.after(self._network.latency_ns(), arrive, self.source)
 
     # -- both ----------------------------------------------------------------------------------
 

@@ -170,6 +170,7 @@ class SimStreams:
         lane.ready.clear()
         lane.kept.clear()
         lane.numbers.next_sequence = stored_below
+        lane.waiting_for_ack = False  # a marker that waits is sent again
         lost = np.unique(np.concatenate([lost, *unsent]))
         if self.world.plant is Plant.ACKNOWLEDGED_FORGOTTEN_ON_RECONNECT:
             lost = np.unique(np.concatenate([lost, lane.acknowledged]))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from migration.convergence import ThrottleSteps
+from migration.dest_machine import DestPhase
 from migration.errors import ProtocolError
 from migration.identity import AttemptKey
 from migration.rounds import Limits
@@ -35,6 +36,7 @@ FINAL_MS = 8_000
 RELEASE_MS = 400_000  # a slow driver looks only now and then
 ATTEMPTS_MAX = 4
 QUIET_NS = 400 * MS
+BEYOND_RECALL = {DestPhase.CONFIRMING, DestPhase.RECORDING_COMMITTED, DestPhase.STARTING}
 
 
 @dataclass(slots=True)
@@ -291,6 +293,8 @@ class Simulation:
             return
         entry = host.journal.newest("dest")
         promised = agent.state is State.RESTORED and entry is not None and entry.state == "COMMITTED"
+        if host.node is not None and host.node.intake.machine.phase in BEYOND_RECALL:
+            promised = True  # it answered that it has the image, and nothing can ask it again
         if agent.state in (State.RUNNING, State.PAUSED) or promised:
             self.lost_is_possible = True
         self.world.say(host.name, f"the guest agent is killed, {agent.state.value}")
