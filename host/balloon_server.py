@@ -31,7 +31,7 @@ from host.device_store import DeviceStore, KeptState
 from host.errors import DeviceNotReady, DeviceStateUnreadable, LoopEnded
 from host.peer_credentials import why_not_trusted
 from host.vhost_connection import VhostConnection
-from virtio.balloon import F_FREE_PAGE_HINT, QUEUE_DEFLATE, QUEUE_HINT, QUEUE_INFLATE, has
+from virtio.balloon import CMD_ID_FIRST, F_FREE_PAGE_HINT, QUEUE_DEFLATE, QUEUE_HINT, QUEUE_INFLATE, has
 from virtio.balloon_device import FEATURES_DEFAULT, BalloonDevice
 from virtio.balloon_device import DeviceState as SavedDevice
 from virtio.errors import LocalProtocolError, RemoteProtocolError, VhostUserError
@@ -349,7 +349,9 @@ class BalloonServer:
             self._device.restore(saved)
         except RemoteProtocolError as error:
             raise DeviceStateUnreadable(store.path, str(error)) from error
-        if kept.done_owed:  # the migration that asked for hints died with the node
+        # The migration that asked for hints died with the node; or DONE was said, and a guest that looks rarely had
+        # not read it yet. To one that holds nothing it means nothing.
+        if kept.done_owed or kept.next_command_id != CMD_ID_FIRST:
             self._device.hints_done()
 
     def _keep(self) -> None:

@@ -15,6 +15,7 @@ from testbed.sim.errors import DeviceNotReady
 from testbed.sim.guest import RING, RING_PAGE
 from testbed.sim.plants import Plant
 from testbed.sim.world import MS
+from virtio.balloon import CMD_ID_FIRST
 from virtio.balloon_device import BalloonDevice, reader
 from virtio.errors import LocalProtocolError
 from virtio.hint_session import HintState
@@ -53,7 +54,7 @@ class SimBalloon:
         if kept:
             self.device.restore(kept["device"])
             self._done_owed = kept["done_owed"]
-            if self._done_owed:
+            if self._done_owed or kept["device"]["next_command_id"] != CMD_ID_FIRST:
                 self.device.hints_done()
 
     # -- the front-end -------------------------------------------------------------------------

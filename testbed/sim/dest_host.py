@@ -7,11 +7,13 @@ Rule 2: pages are stored by the real receiver; streams that were joined are cut,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, assert_never
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, assert_never
 
 import numpy as np
 
 from dest_node.page_receiver import PageReceiver
+from dest_node.recovery import committed_image, last_given_epoch
 from migration import commands as do
 from migration import events as told
 from migration.codec import decode_chunk, image_digest
@@ -112,6 +114,8 @@ class SimIntake:
 
     def abort(self, key: AttemptKey, reason: str) -> do.Reply:
         """The source gives up."""
+        if key != self.machine.key and (answer := self._recorded(key)) is not None:
+            return answer
         return self._drive(told.AbortRequested(key, reason))
 
     def forget(self, key: AttemptKey) -> None:
@@ -214,22 +218,33 @@ class SimIntake:
 
     def recover_journal(self) -> None:
         """What was received is gone with the process."""
+        self._drive(told.GuestGivenAway(self._last_given_epoch()))
         for entry in self.node.journal.unfinished("dest"):
             self.node.journal.move(entry.key, "dest", {entry.state}, "ABORTED", detail="the node restarted")
 
     def recover_guest(self) -> None:
         """Run what was committed; drop an image that was not."""
-        newest, agent = self.node.journal.newest("dest"), self.node.agent
+        agent = self.node.agent
         state = agent.hello()
-        if newest is None or newest.state != "COMMITTED":
+        hello: Any = SimpleNamespace(state=state.value, guest_epoch=agent.epoch)
+        entries: Any = self.node.journal.entries("dest")  # with the same fields as the real journal's
+        entry = committed_image(entries, hello)
+        if entry is None:
             if state is State.RESTORED:
                 agent.discard()
             return
-        if state is State.RESTORED and agent.epoch == newest.key.guest_epoch:
-            agent.run(newest.key.next_epoch)
-            self.node.balloon.hints_done()
-        if agent.hello() in {State.RESTORED, State.RUNNING}:
-            self.node.balloon.hints_done()
+        if state is State.RESTORED:
+            agent.run(entry.key.next_epoch)
+        self.node.balloon.hints_done()
+
+    def stood_by(self) -> None:
+        """What ran here was given away and is let go of: another guest may come."""
+        self._drive(told.GuestGivenAway(self._last_given_epoch()))
+        self.receiver, self._prepare, self._restored = None, None, False
+
+    def _last_given_epoch(self) -> int:
+        entries: Any = self.node.journal.entries("source")
+        return last_given_epoch(entries)
 
     # -- the machine ---------------------------------------------------------------------------
 

@@ -333,6 +333,12 @@ class Agent(Process):
         self._allow(State.PAUSED, State.FROZEN)
         self._become(State.FROZEN)
 
+    def stand_by(self) -> None:
+        """Let go of a guest that was given away."""
+        self._allow(State.FROZEN)
+        self.guest = None
+        self._become(State.STANDBY)
+
     def restore(self, epoch: int, state: bytes, ram: SimRam) -> None:
         """Take an image in, of the epoch that is given away."""
         if not self.alive:

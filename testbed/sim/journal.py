@@ -72,6 +72,10 @@ class SimJournal:
         """The entry of exactly this attempt."""
         return self._rows.get((key, role))
 
+    def entries(self, role: str) -> list[Entry]:
+        """All of a role, oldest first."""
+        return [entry for entry in self._rows.values() if entry.role == role]
+
     def newest(self, role: str) -> Entry | None:
         """The entry that was begun last in this role."""
         return next((entry for entry in reversed(self._rows.values()) if entry.role == role), None)

@@ -41,11 +41,11 @@ class Refusal:
 
 
 class Network:
-    """Both directions. `towards` is "source" or "dest": who receives."""
+    """Both directions, each by the name of the host that receives."""
 
     def __init__(self, world: World, options: Options) -> None:
         self.world = world
-        self.cut: dict[str, int] = {"source": 0, "dest": 0}  # how many faults hold this direction shut
+        self.cut: dict[str, int] = {"a": 0, "b": 0}  # how many faults hold this direction shut
         self.shares: dict[str, float] = {"lose": 0.0, "duplicate": 0.0, "delay": 0.0, "reorder": 0.0}
         self.pipes: list[Pipe] = []
         self.calls: list[_Call] = []
@@ -76,13 +76,17 @@ class Network:
     def call(
         self,
         caller: Process,
+        between: tuple[str, str],
         server: Callable[[], Process | None],
         serve: Callable[[Process], Any],
         answered: Callable[[Any], None],
         timeout_ns: int,
     ) -> _Call:
-        """Ask. `serve` runs in the server's process; `answered` gets what it gives, a Refusal, or Lost."""
-        call = _Call(self, caller, answered)
+        """Ask. `serve` runs in the server's process; `answered` gets what it gives, a Refusal, or Lost.
+
+        `between` names the caller's host and the server's.
+        """
+        call = _Call(self, caller, between, answered)
         self.calls.append(call)
         self.world.after(timeout_ns, lambda: call.end(Lost("deadline exceeded")), caller)
         copies = 2 if self.happens("duplicate") else 1
@@ -102,7 +106,7 @@ class Network:
     ) -> None:
         if call.over:
             return
-        if self.cut["dest"]:
+        if self.cut[call.between[1]]:
             self.world.after(RETRANSMIT_NS, lambda: self._arrive(call, server, serve))
             return
         process = server()
@@ -122,23 +126,23 @@ class Network:
         self.world.after(0, handle, process)
 
     def _return(self, call: _Call, answer: Any) -> None:
-        if self.cut["source"] and not call.over:
+        if self.cut[call.between[0]] and not call.over:
             self.world.after(RETRANSMIT_NS, lambda: self._return(call, answer), call.caller)
         else:
             call.end(answer)
 
     # -- connections ---------------------------------------------------------------------------
 
-    def pipe(self, source: Process, accept: Callable[[Pipe], None]) -> Pipe:
-        """A stream towards the destination."""
-        pipe = Pipe(self, source)
+    def pipe(self, source: Process, between: tuple[str, str], accept: Callable[[Pipe], None]) -> Pipe:
+        """A stream from the first host towards the second."""
+        pipe = Pipe(self, source, between)
         self.pipes.append(pipe)
         until_ns = self.world.now_ns + KEEPALIVE_NS
 
         def connect() -> None:
             if not pipe.source_up:
                 return
-            if not self.cut["dest"]:
+            if not self.cut[between[1]]:
                 accept(pipe)
             elif self.world.now_ns < until_ns:
                 self.world.after(RETRANSMIT_NS, connect)
@@ -190,8 +194,11 @@ class Network:
 class _Call:
     """One call, answered once."""
 
-    def __init__(self, network: Network, caller: Process, answered: Callable[[Any], None]) -> None:
+    def __init__(
+        self, network: Network, caller: Process, between: tuple[str, str], answered: Callable[[Any], None]
+    ) -> None:
         self.caller = caller
+        self.between = between
         self._network = network
         self._answered: Callable[[Any], None] | None = answered
 
@@ -217,8 +224,9 @@ class _Call:
 class Pipe:
     """One page stream's connection. The ends' callbacks are set by the source's lane and the destination's shell."""
 
-    def __init__(self, network: Network, source: Process) -> None:
+    def __init__(self, network: Network, source: Process, between: tuple[str, str]) -> None:
         self.source = source
+        self._here, self._there = between
         self.dest: Process | None = None
         self.at_dest: Callable[[bytes], None] | None = None
         self.at_source: Callable[[int], None] = lambda _: None
@@ -265,7 +273,7 @@ class Pipe:
         self._world.after(at_ns - self._world.now_ns, lambda: self._deliver(what, message))
 
     def _deliver(self, what: str, message: Any) -> None:
-        if self._network.cut["dest"]:
+        if self._network.cut[self._there]:
             self._held.append((what, message))
             if len(self._held) == 1:
                 self._world.after(RETRANSMIT_NS, self._retransmit)
@@ -276,7 +284,7 @@ class Pipe:
         self._world.after(0, lambda: self._take(what, message), self.dest)
 
     def _retransmit(self) -> None:
-        if not self.dest_up and self._network.cut["dest"]:
+        if not self.dest_up and self._network.cut[self._there]:
             return
         held, self._held = self._held, deque()
         for what, message in held:
@@ -303,7 +311,7 @@ class Pipe:
         """Cumulative."""
 
         def arrive() -> None:
-            if self._network.cut["source"] and self.source_up:
+            if self._network.cut[self._here] and self.source_up:
                 self._world.after(RETRANSMIT_NS, arrive, self.source)
             elif self.source_up:
                 self.at_source(stored_below)
@@ -315,7 +323,7 @@ class Pipe:
         self.dest_up = False
 
         def arrive() -> None:
-            if self._network.cut["source"] and self.source_up:
+            if self._network.cut[self._here] and self.source_up:
                 self._world.after(RETRANSMIT_NS, arrive, self.source)
             else:
                 self._end_source(reason, refused)

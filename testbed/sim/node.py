@@ -13,6 +13,7 @@ from migration import commands as do
 from migration import events as told
 from migration.identity import AttemptKey
 from migration.rounds import Limits
+from source_node.recovery import given_away_by, to_take_up, turned_back
 from testbed.sim.balloon import SimBalloon
 from testbed.sim.dest_host import SimIntake
 from testbed.sim.errors import REFUSALS, AgentGone, AgentRefused, ViolationError
@@ -138,17 +139,19 @@ class Node(Process):
             self.balloon.connect()
 
     def _recover_guest(self) -> None:
-        entry, agent = self.journal.newest("source"), self.agent
-        if entry is not None and entry.state == "COMMITTING" and entry.digest is not None:
-            order = Order(entry.key, told.Skip.NONE, Limits(), "stream", 0, False, 1)
+        entries: Any = self.journal.entries("source")  # with the same fields as the real journal's
+        agent, pending = self.agent, to_take_up(entries)
+        if pending is not None and pending.digest is not None:
+            order = Order(pending.key, told.Skip.NONE, Limits(), "stream", 0, False, 1)
             if agent.guest is not None:
                 self.run = SourceRun(self, order, self._ended)
-                self.run.take_up(entry.digest)
-        elif entry is not None and entry.state == "ABORTED":
-            if agent.hello() is not State.STANDBY and agent.epoch == entry.key.guest_epoch:
-                if agent.state is State.PAUSED:
-                    agent.resume(agent.epoch)
-                self.balloon.hints_done()
+                self.run.take_up(pending.digest)
+        elif agent.hello() is not State.STANDBY and turned_back(entries, agent.epoch) is not None:
+            if agent.state in {State.PAUSED, State.RUNNING}:
+                agent.throttle(0)
+            if agent.state is State.PAUSED:
+                agent.resume(agent.epoch)
+            self.balloon.hints_done()
         for key in self._burned:
             self.peer_call(lambda intake, key=key: intake.abort(key, "the source restarted"), lambda _: None, MS)
         self._burned.clear()
@@ -160,6 +163,24 @@ class Node(Process):
             self.run.post(told.HostFailed("the guest agent closed the link"))
 
     # -- the source role -----------------------------------------------------------------------
+
+    def stand_by(self) -> bool:
+        """Let go of a guest that was given away, as the operator asked; whether there is room now."""
+        agent = self.host.agent
+        if not (self.alive and self.serving and not self.hung and agent.alive) or self.host.node is not self:
+            return False
+        if agent.state is State.STANDBY:
+            return True
+        entries: Any = self.journal.entries("source")
+        given = given_away_by(entries, agent.epoch)
+        under_way = self.run is not None and not self.run.over
+        if given is None or given.state != "COMPLETED" or under_way or agent.state is not State.FROZEN:
+            return False
+        agent.stand_by()
+        self.balloon.disconnect()
+        self.run = None
+        self.intake.stood_by()
+        return True
 
     def can_migrate(self) -> bool:
         """Whether a migration may be asked for now."""
@@ -208,10 +229,17 @@ class Node(Process):
                 process.world.say(process.name, f"refused: {error}")
                 return Refusal(str(error))
 
-        return self.network.call(self, server, served, answered, timeout_ns)
+        return self.network.call(self, self._between, server, served, answered, timeout_ns)
 
-    def peer_accept(self, pipe: Pipe) -> None:
-        """A page stream reaches the other host."""
+    @property
+    def _between(self) -> tuple[str, str]:
+        return self.host.name, self.host.peer.name
+
+    def peer_stream(self) -> Pipe:
+        """A page stream to the other host."""
+        return self.network.pipe(self, self._between, self._peer_accept)
+
+    def _peer_accept(self, pipe: Pipe) -> None:
         node = self.host.peer.node
         if node is None or not node.alive or not node.serving:
             pipe.broken("connection refused")

@@ -46,6 +46,7 @@ class Options:
     """One world."""
 
     pages: int = PAGES
+    legs: int = 1
     streams: int = 1
     touched: float = 0.8  # of RAM, since boot
     kept: float = 0.3
@@ -83,6 +84,7 @@ def draw(seed: int) -> Options:
     return Options(
         pages=1024 if large else PAGES,
         streams=2 if large else 1,
+        legs=dice.choice((1, 1, 2, 3)),
         touched=dice.uniform(0.5, 1.0),
         kept=dice.uniform(0.1, 0.4),
         writes=dice.randint(2, 12),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from migration.pages import U64Array
-    from testbed.sim.network import Network, Pipe
+    from testbed.sim.network import Pipe
     from testbed.sim.world import Process, World
 
 SLICE_PAGES = 16  # of a chunk: small, so that much can happen between two
@@ -74,8 +74,7 @@ class SimStreams:
         self,
         world: World,
         process: Process,
-        network: Network,
-        accept: Callable[[Pipe], None],
+        connect: Callable[[], Pipe],
         reader: PageReader,
         streams: int,
     ) -> None:
@@ -87,8 +86,7 @@ class SimStreams:
         self.resent: list[int] = []
         self.stored_again = 0
         self._process = process
-        self._network = network
-        self._accept = accept
+        self._connect = connect
         self._reader = reader
         self._lanes = [Lane(ChunkNumbers(index)) for index in range(streams)]
         self._parts: list[Part] = []
@@ -155,7 +153,7 @@ class SimStreams:
     # -- one stream ----------------------------------------------------------------------------
 
     def _open(self, lane: Lane) -> None:
-        pipe = self._network.pipe(self._process, self._accept)
+        pipe = self._connect()
         lane.pipe, lane.ended = pipe, False
         pipe.at_source = lambda below: self._acknowledged(lane, pipe, below)
         pipe.source_ended = lambda reason, refused: self._ended(lane, pipe, reason, refused)

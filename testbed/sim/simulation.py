@@ -35,6 +35,7 @@ SETTLE_MS = 12_000  # the slowest honest way: deadlines, silence and retries one
 FINAL_MS = 8_000
 RELEASE_MS = 400_000  # a slow driver looks only now and then
 ATTEMPTS_MAX = 4
+FINAL_ATTEMPTS_MAX = 3  # what an earlier attempt left at the destination may have to be told first
 QUIET_NS = 400 * MS
 BEYOND_RECALL = {DestPhase.CONFIRMING, DestPhase.RECORDING_COMMITTED, DestPhase.STARTING}
 
@@ -59,23 +60,22 @@ class Simulation:
         self.options = options
         self.truth = Truth(options.pages)
         self.network = Network(world, options)
-        self.source = Host(world, "a", options, self.network)
+        self.source = Host(world, "a", options, self.network)  # of the leg under way
         self.dest = Host(world, "b", options, self.network)
+        self.hosts = [self.source, self.dest]
         self.source.peer, self.dest.peer = self.dest, self.source
+        self.leg = 1
         self.lost_is_possible = False
         self.attempts = 0
         self.rehearse = options.rehearsal
         self.healed = False
+        self._epoch = 0
         self._dice = world.dice("operator")
         self._last_outcome = ""
+        self._final_attempts = 0
         world.guest_pause_ns = self._guest_pause_ns
         for host in (self.source, self.dest):
             self._new_agent(host)
-
-    @property
-    def hosts(self) -> list[Host]:
-        """Both."""
-        return [self.source, self.dest]
 
     def _new_agent(self, host: Host) -> None:
         agent = host.agent = Agent(self.world, f"{host.name}.agent", self.options, self.truth)
@@ -148,9 +148,10 @@ class Simulation:
 
     def _final_attempt_over(self) -> bool:
         node = self.source.node
-        if node is not None and node.can_migrate() and self._last_outcome != "completed":
-            if self.attempts > 2 * ATTEMPTS_MAX:
+        if node is not None and node.can_migrate() and self._owner() is self.source:
+            if self._final_attempts == FINAL_ATTEMPTS_MAX:
                 return True
+            self._final_attempts += 1
             self._migrate(final=True)
         return self._owner() is not self.source and self._settled()
 
@@ -158,18 +159,29 @@ class Simulation:
 
     def _ask(self) -> None:
         """Ask for a migration if none is under way and attempts are left; look again in a moment."""
-        if self.healed or self._last_outcome == "completed" or self.attempts >= ATTEMPTS_MAX:
+        if self.healed or self.leg > self.options.legs:
             return
+        if self._owner() is self.dest:
+            self._next_leg()
         node = self.source.node
-        if node is not None and node.can_migrate():
+        if node is not None and node.can_migrate() and self.attempts < ATTEMPTS_MAX * self.leg:
             self._migrate(final=False)
         self.world.after(self._dice.randrange(5, 40) * MS, self._ask)
+
+    def _next_leg(self) -> None:
+        """The guest arrived: where it came from is room again, and from here it goes back."""
+        left = self.source.node
+        if self.leg == self.options.legs:
+            self.leg += 1
+        elif left is not None and left.stand_by():
+            self.leg += 1
+            self.source, self.dest = self.dest, self.source
 
     def _migrate(self, *, final: bool) -> None:
         node = self.source.node
         assert node is not None, "who can migrate is there"
         self.attempts += 1
-        key = AttemptKey("m", self.attempts, self.source.agent.epoch)
+        key = AttemptKey(f"leg{self.leg}", self.attempts, self.source.agent.epoch)
         rehearsal, self.rehearse = self.rehearse and not final, False
         limits = Limits(rounds_max=3, timeout_ms=math.inf) if final else self._limits()
         self.world.say("operator", f"asks for attempt {self.attempts}{' (a rehearsal)' if rehearsal else ''}")
@@ -225,10 +237,10 @@ class Simulation:
         elif kind == "reset connections":
             network.reset()
         elif kind == "partition":
-            network.shut("source", "dest")
-            world.after(until_ns, lambda: self._open("source", "dest"))
+            network.shut("a", "b")
+            world.after(until_ns, lambda: self._open("a", "b"))
         elif kind == "partition one way":
-            way = self._dice.choice(("source", "dest"))
+            way = self._dice.choice(("a", "b"))
             network.shut(way)
             world.after(until_ns, lambda: self._open(way))
         elif kind in {"lose messages", "duplicate messages", "delay messages", "reorder messages"}:
@@ -333,8 +345,11 @@ class Simulation:
     def _owner_changed(self, agent: Agent) -> None:
         agents = [host.agent for host in self.hosts]
         invariants.one_owner(agents)
-        if agent is self.dest.agent and agent.state is State.RUNNING:
-            invariants.handed_over(self.source.agent, agent, self.truth)
+        if agent.state is State.RUNNING and agent.epoch > self._epoch:
+            self._epoch = agent.epoch
+            if agent.epoch > 1:
+                other = next(host.agent for host in self.hosts if host.agent is not agent)
+                invariants.handed_over(other, agent, self.truth)
 
     def _owner(self) -> Host | None:
         for host in self.hosts:

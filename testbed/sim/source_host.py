@@ -323,8 +323,11 @@ class SourceRun:
         limit_ms = order.limits.link_timeout_ms
 
         def opened(answer: tuple[str, tuple[int, ...]]) -> told.SourceEvent:
-            self._incarnation, stored_below = answer
-            return told.DestinationResumed(stored_below) if resume else told.DestinationOpened(answer[0])
+            incarnation, stored_below = answer
+            if resume and incarnation != self._incarnation:
+                return told.PeerLost("the destination goes on with another memory than the one that was sent to")
+            self._incarnation = incarnation
+            return told.DestinationResumed(stored_below) if resume else told.DestinationOpened(incarnation)
 
         self._call(
             lambda intake: intake.open(order.key, pages, order.integrity, order.streams, resume, limit_ms),
@@ -340,9 +343,7 @@ class SourceRun:
             attempt=self.order.key.attempt,
             detects_zero=self.order.skip.detects_zero,
         )
-        streams = SimStreams(
-            node.world, node, node.network, node.peer_accept, self._reader, self.order.streams
-        )
+        streams = SimStreams(node.world, node, node.peer_stream, self._reader, self.order.streams)
         streams.sent = self._pages_sent
         streams.acknowledged = lambda: self.post(told.AllAcknowledged())
         streams.lost = lambda reason, refused: self.post(
@@ -406,10 +407,9 @@ class SourceRun:
             if self.over or not self._blocked:
                 return
             self._blocked = False
-            if in_order:
-                self._saved(vcpu_state, device, rehearsal)
-            else:
-                self.post(told.HostFailed("SaveGuest: the destination did not end the page stream"))
+            if not in_order:
+                self._lanes.cancel()  # every chunk is acknowledged: Prepare will show what became of the link
+            self._saved(vcpu_state, device, rehearsal)
             self._go_on()
 
         self._lanes.close(closed)

@@ -181,11 +181,15 @@ def test_the_device_of_a_guest_that_moved_in_is_kept(tmp_path):
     second.server.stop()
 
 
-def test_a_device_that_owes_nothing_shows_stop(tmp_path):
-    DeviceStore(tmp_path / "device.json").keep(KEPT)
+@pytest.mark.parametrize(
+    ("next_id", "shown"), [(CMD_ID_FIRST, CMD_ID_STOP), (CMD_ID_FIRST + 1, CMD_ID_DONE)]
+)
+def test_a_device_that_ever_asked_for_hints_shows_done_again(tmp_path, next_id, shown):
+    """A guest that looks rarely may not have read the DONE of before: it would hold its pages for ever."""
+    DeviceStore(tmp_path / "device.json").keep(replace(KEPT, next_command_id=next_id))
     host = Host(tmp_path / "sock", tmp_path / "device.json")
     guest = Guest(host.path)
-    assert guest.config.free_page_hint_cmd_id == CMD_ID_STOP
+    assert guest.config.free_page_hint_cmd_id == shown
     guest.close()
     host.server.stop()
 
