@@ -21,6 +21,7 @@ import typer
 
 from testbed.cli_session import register
 from testbed.errors import TestbedError
+from testbed.sim.cli import register as register_sim
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -265,6 +266,7 @@ def main() -> None:
 
 
 register(app)
+register_sim(app)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The balloon device of a simulated node: the real device, hint session and ring over the guest's memory.
 
-As host/balloon_server.py: what must outlive the process is kept before the guest hears of it; a report that was open
+As host/balloon_server.py: what must outlive the process is kept before the guest hears of it; a report that was
+open
 when the process died is over, and the guest is told DONE.
 """
 
@@ -37,7 +38,9 @@ KICK_LATE_NS = 8 * MS
 class SimBalloon:
     """`kept` is the state file, which outlives the process: a dictionary that belongs to the host."""
 
-    def __init__(self, world: World, process: Process, agent: Agent, kept: dict[str, Any], pages: int) -> None:
+    def __init__(
+        self, world: World, process: Process, agent: Agent, kept: dict[str, Any], pages: int
+    ) -> None:
         self.world = world
         self.log = DeviceLog()
         self.sink: Callable[[HintBatch], None] = lambda _: None

@@ -1,7 +1,8 @@
 """The destination role of a simulated node: dest_node/intake.py in virtual time, over the real PageReceiver.
 
 Rule 1: one call at a time moves the machine; the order of effects is the real intake's.
-Rule 2: pages are stored by the real receiver; streams that were joined are cut, and what of them still arrives is not
+Rule 2: pages are stored by the real receiver; streams that were joined are cut, and what of them still arrives
+        is not
         stored (unless that very bug is planted).
 """
 
@@ -19,7 +20,7 @@ from migration import events as told
 from migration.codec import decode_chunk, image_digest
 from migration.dest_machine import RESUMABLE_PHASES, DestMachine, DestPhase
 from migration.errors import ProtocolError, RemoteProtocolError
-from migration.pages import pfns_of
+from migration.pages import PAGE_BYTES, pfns_of
 from testbed.sim import points
 from testbed.sim.errors import AgentGone, AgentRefused, CallRefused, ViolationError
 from testbed.sim.guest import State
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from migration.pages import BoolArray
     from testbed.sim.network import Pipe
     from testbed.sim.node import Node
-    from testbed.sim.source_host import Prepare
+    from testbed.sim.source_host import Order, Prepare
 
 ACK_EVERY = 3
 SILENCE_MS = 1_000  # the real one's is ten seconds
@@ -62,11 +63,9 @@ class SimIntake:
 
     # -- calls ---------------------------------------------------------------------------------
 
-    def open(
-        self, key: AttemptKey, pages: int, integrity: str, streams: int, resume: bool, link_timeout_ms: int
-    ) -> tuple[str, tuple[int, ...]]:
+    def open(self, order: Order, pages: int, *, resume: bool) -> tuple[str, tuple[int, ...]]:
         """Reserve zeroed memory, or go on with what there is."""
-        memory_bytes = pages * 4096
+        key, memory_bytes, link_timeout_ms = order.key, pages * PAGE_BYTES, order.limits.link_timeout_ms
         if resume:
             self._drive(told.OpenRequested(key, memory_bytes, resume=True))
             if self.receiver is None:
@@ -79,12 +78,12 @@ class SimIntake:
             if state is not State.STANDBY and self.machine.phase is DestPhase.IDLE:
                 raise CallRefused(f"the guest agent is {state.value}, not standby")
         idle = self.receiver is None or not self.receiver.streaming
-        self._fresh = (SimRam(pages), streams)
+        self._fresh = (SimRam(pages), order.streams)
         try:
             self._drive(told.OpenRequested(key, memory_bytes, idle, link_timeout_ms=link_timeout_ms))
         finally:
             self._fresh = None
-        self._integrity = integrity
+        self._integrity = order.integrity
         self._silence_ms = max(SILENCE_MS, link_timeout_ms)
         return self._opened()
 
@@ -184,7 +183,9 @@ class SimIntake:
         runs = ((chunk.run_first, chunk.run_pages), (chunk.zero_first, chunk.zero_pages))
         for pfns in (pfns_of(first, count) for first, count in runs if len(first)):
             if self._stored[pfns].any():
-                raise ViolationError("acknowledged pages are not sent again", f"round {chunk.header.round_index}")
+                raise ViolationError(
+                    "acknowledged pages are not sent again", f"round {chunk.header.round_index}"
+                )
             self._stored[pfns] = True
 
     def _cut(self, pipe: Pipe) -> None:
@@ -274,7 +275,7 @@ class SimIntake:
             world.say(self.node.name, f"{type(event).__name__}: {before.name} -> {machine.phase.name}")
         return commands
 
-    def _carry_out(self, command: do.DestCommand) -> told.DestEvent | None:  # noqa: C901, PLR0911, PLR0912
+    def _carry_out(self, command: do.DestCommand) -> told.DestEvent | None:  # noqa: PLR0911
         match command:
             case do.ReserveMemory(key):
                 self._reserve(key)

@@ -9,4 +9,4 @@ import random
 def stream(seed: int, name: str) -> random.Random:
     """The dice of one part of the world with this seed."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return random.Random(int.from_bytes(digest[:8], "little"))  # noqa: S311 - dice, no secret
+    return random.Random(int.from_bytes(digest[:8], "little"))

@@ -13,27 +13,27 @@ class ViolationError(Exception):
         self.invariant = invariant
 
 
-class ProcessDied(Exception):  # noqa: N818 - it is an event, and no error of anybody's
+class ProcessDied(Exception):
     """The process that is carrying something out was killed at this very point."""
 
 
-class AgentRefused(Exception):  # noqa: N818 - as host.errors.AgentError
+class AgentRefused(Exception):
     """The guest agent said no."""
 
 
-class AgentGone(Exception):  # noqa: N818 - as host.errors.AgentLost
+class AgentGone(Exception):
     """The guest agent cannot be reached."""
 
 
-class DeviceNotReady(Exception):  # noqa: N818 - as host.errors.DeviceNotReady
+class DeviceNotReady(Exception):
     """No guest driver is up."""
 
 
-class JournalRefused(Exception):  # noqa: N818 - as host.errors.JournalConflict
+class JournalRefused(Exception):
     """A transition from a state that the attempt is not in."""
 
 
-class CallRefused(Exception):  # noqa: N818 - FAILED_PRECONDITION, INVALID_ARGUMENT or RESOURCE_EXHAUSTED on the wire
+class CallRefused(Exception):
     """The destination answered a call with no."""
 
 

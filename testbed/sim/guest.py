@@ -1,9 +1,11 @@
 """The guest: it allocates, frees, writes and checks itself; its agent holds it, as guest_agent does.
 
-Rule 1: what the guest knows about its pages (kinds, the driver's ring) is saved and restored as bytes; what it wrote is
+Rule 1: what the guest knows about its pages (kinds, the driver's ring) is saved and restored as bytes; what it
+        wrote is
         logged outside (`Truth`), so that a guest that went back in time is found out.
 Rule 2: a page is written when it is allocated: what a free page holds means nothing to anybody.
-Rule 3: hints go through a real ring: id, blocks, STOP. A `hold` driver keeps hinted blocks until DONE and gives them
+Rule 3: hints go through a real ring: id, blocks, STOP. A `hold` driver keeps hinted blocks until DONE and gives
+        them
         back under pressure; a `walk` driver keeps nothing.
 """
 
@@ -19,7 +21,7 @@ import numpy as np
 from migration.pages import PAGE_BYTES, mask_runs
 from testbed.sim.errors import AgentGone, AgentRefused, ViolationError
 from testbed.sim.ram import SimRam
-from testbed.sim.world import MS, Process
+from testbed.sim.world import Process
 from virtio.balloon import CMD_ID_DONE, CMD_ID_STOP
 from virtio.ring_layout import layout_at
 from virtio.split_ring import DriverRing
@@ -144,7 +146,9 @@ class Guest:
         """The guest reads its memory, as guests do."""
         wrong = (self.ram.words[pfns, 0] != self._truth.content[pfns]) & ~self._truth.void[pfns]
         if wrong.any():
-            raise ViolationError("no lost write", f"the guest reads page {int(pfns[wrong][0])}: not what it wrote")
+            raise ViolationError(
+                "no lost write", f"the guest reads page {int(pfns[wrong][0])}: not what it wrote"
+            )
 
     def _log(self) -> None:
         self._truth.kinds = self.kinds.copy()
@@ -160,7 +164,9 @@ class Guest:
                     self.reporting = None
             else:
                 self._hint_some()
-        elif self.config_id not in (CMD_ID_STOP, CMD_ID_DONE, self.reported_id) and self._command(self.config_id):
+        elif self.config_id not in (CMD_ID_STOP, CMD_ID_DONE, self.reported_id) and self._command(
+            self.config_id
+        ):
             self.reported_id = self.config_id
             first, count = mask_runs(self.kinds == FREE)
             self.reporting = [

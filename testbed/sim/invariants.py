@@ -1,10 +1,12 @@
 """What must hold in every world, whatever went wrong (DESIGN 3.3, 3.4, 3.7).
 
 Rule 1: never two owners: at most one agent runs the guest, at every moment.
-Rule 2: after the faults healed there is exactly one, within a bound; none only where the process that held the guest
+Rule 2: after the faults healed there is exactly one, within a bound; none only where the process that held the
+        guest
         was killed.
 Rule 3: every write the guest made is in its owner's memory, and the guest is the newest there was.
-Rule 4: when the guest starts at the destination, its memory there is what it left behind; a page that never crossed is
+Rule 4: when the guest starts at the destination, its memory there is what it left behind; a page that never
+        crossed is
         free, or zero.
 Rule 5: books balance, the guest has its hinted pages back, and nothing grows without a bound.
 """
@@ -47,8 +49,8 @@ def handed_over(source: Agent, dest: Agent, truth: Truth) -> None:
         pfn = int(np.flatnonzero(differs)[0])
         raise ViolationError(
             "no lost write",
-            f"{int(differs.sum())} pages differ at the destination, the first is {pfn}: {int(there.ram.words[pfn, 0])}"
-            f" where the source has {int(here.ram.words[pfn, 0])}",
+            f"{int(differs.sum())} pages differ at the destination; page {pfn} is {int(there.ram.words[pfn, 0])}"
+            f" and was {int(here.ram.words[pfn, 0])}",
         )
 
 
@@ -71,9 +73,13 @@ def hints_given_back(host: Host) -> None:
     assert node is not None, "a host that owns a guest has a node"
     assert guest is not None, "an owner has a guest"
     if not node.balloon.told_done:
-        raise ViolationError("the guest has its pages back", f"hints are {node.balloon.device.hints.state.value}")
+        raise ViolationError(
+            "the guest has its pages back", f"hints are {node.balloon.device.hints.state.value}"
+        )
     if (guest.kinds == HELD).any():
-        raise ViolationError("the guest has its pages back", f"{int((guest.kinds == HELD).sum())} pages are held")
+        raise ViolationError(
+            "the guest has its pages back", f"{int((guest.kinds == HELD).sum())} pages are held"
+        )
 
 
 def nothing_is_left(hosts: list[Host]) -> None:
@@ -83,4 +89,6 @@ def nothing_is_left(hosts: list[Host]) -> None:
             raise ViolationError("bounded", f"{len(host.journal)} rows in the journal of {host.name}")
         network = host.network
         if network.pipes or network.calls:
-            raise ViolationError("bounded", f"{len(network.pipes)} streams and {len(network.calls)} calls are left")
+            raise ViolationError(
+                "bounded", f"{len(network.pipes)} streams and {len(network.calls)} calls are left"
+            )

@@ -1,6 +1,7 @@
 """The link between the two hosts: latency, bandwidth, and everything that a link can do wrong.
 
-Rule 1: a call is a request and an answer, each of which may be late, doubled, overtaken or lost. A lost one shows as a
+Rule 1: a call is a request and an answer, each of which may be late, doubled, overtaken or lost. A lost one
+        shows as a
         deadline that is over; a host whose process is gone refuses at once.
 Rule 2: a stream's messages come in order, as TCP's do, unless a fault is to show what the receiver does about it.
 Rule 3: the two ends of a broken connection hear of it at different moments; what is on the way may still arrive.
@@ -50,17 +51,17 @@ class Network:
         self.pipes: list[Pipe] = []
         self.calls: list[_Call] = []
         self._options = options
-        self._dice = world.dice("network")
+        self.dice = world.dice("network")
         self._free_at_ns = 0
 
     def latency_ns(self) -> int:
         """Of one message."""
-        return int(self._options.latency_ms * MS * self._dice.uniform(1 - self._options.jitter, 1.5))
+        return int(self._options.latency_ms * MS * self.dice.uniform(1 - self._options.jitter, 1.5))
 
     def happens(self, what: str) -> bool:
         """Whether this fault hits this message."""
         share = self.shares[what]
-        if share and self._dice.random() < share:
+        if share and self.dice.random() < share:
             self.world.coverage[f"fault {what} a message"] += 1
             return True
         return False
@@ -80,6 +81,7 @@ class Network:
         server: Callable[[], Process | None],
         serve: Callable[[Process], Any],
         answered: Callable[[Any], None],
+        *,
         timeout_ns: int,
     ) -> _Call:
         """Ask. `serve` runs in the server's process; `answered` gets what it gives, a Refusal, or Lost.
@@ -93,11 +95,11 @@ class Network:
         for copy in range(copies):
             if self.happens("lose"):
                 continue
-            delay_ns = self.latency_ns() + copy * self._dice.randrange(1, 80) * MS
+            delay_ns = self.latency_ns() + copy * self.dice.randrange(1, 80) * MS
             if self.happens("delay"):
-                delay_ns += self._dice.randrange(1, 400) * MS
+                delay_ns += self.dice.randrange(1, 400) * MS
             if self.happens("reorder"):
-                delay_ns += self._dice.randrange(1, 20) * MS
+                delay_ns += self.dice.randrange(1, 20) * MS
             self.world.after(delay_ns, lambda: self._arrive(call, server, serve))
         return call
 
@@ -120,7 +122,7 @@ class Network:
                 return
             delay_ns = self.latency_ns()
             if self.happens("delay"):
-                delay_ns += self._dice.randrange(1, 400) * MS
+                delay_ns += self.dice.randrange(1, 400) * MS
             self.world.after(delay_ns, lambda: self._return(call, answer), call.caller)
 
         self.world.after(0, handle, process)
@@ -157,7 +159,7 @@ class Network:
         for pipe in tuple(self.pipes):
             pipe.broken(why)
         for call in tuple(self.calls):
-            delay_ns = self._dice.randrange(1, NOTICE_NS)
+            delay_ns = self.dice.randrange(1, NOTICE_NS)
             self.world.after(delay_ns, lambda call=call: call.end(Lost(why)), call.caller)  # type: ignore[misc]
 
     def process_ended(self, process: Process) -> None:
@@ -166,7 +168,7 @@ class Network:
             if call.caller is process:
                 call.forget()
             else:
-                delay_ns = self._dice.randrange(1, NOTICE_NS)
+                delay_ns = self.dice.randrange(1, NOTICE_NS)
                 self.world.after(delay_ns, lambda call=call: call.end(Lost("connection reset")), call.caller)  # type: ignore[misc]
 
     def shut(self, *directions: str) -> None:
@@ -222,7 +224,7 @@ class _Call:
 
 
 class Pipe:
-    """One page stream's connection. The ends' callbacks are set by the source's lane and the destination's shell."""
+    """One page stream's connection. Its ends' callbacks are the source's lane's and the destination's shell's."""
 
     def __init__(self, network: Network, source: Process, between: tuple[str, str]) -> None:
         self.source = source
@@ -266,7 +268,7 @@ class Pipe:
     def _later(self, what: str, message: Any, delay_ns: int, *, overtakes: bool) -> None:
         network = self._network
         if network.happens("delay"):
-            delay_ns += network._dice.randrange(1, 60) * MS
+            delay_ns += network.dice.randrange(1, 60) * MS
         at_ns = self._world.now_ns + delay_ns + network.latency_ns()
         if not overtakes:
             at_ns = self._last_at_ns = max(at_ns, self._last_at_ns + 1)
@@ -335,7 +337,7 @@ class Pipe:
     def broken(self, reason: str) -> None:
         """The connection is gone: each end notices in its own time."""
         self._drop()
-        dice = self._network._dice
+        dice = self._network.dice
         self._world.after(dice.randrange(1, NOTICE_NS), lambda: self._end_source(reason, False), self.source)
         self._world.after(dice.randrange(1, NOTICE_NS), lambda: self._end_dest(reason))
 

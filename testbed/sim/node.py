@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from testbed.sim.world import World
 
 ATTACH_NS = 2 * MS
+BURNED_NS = 100 * MS
 
 
 class Host:
@@ -153,8 +154,11 @@ class Node(Process):
                 agent.resume(agent.epoch)
             self.balloon.hints_done()
         for key in self._burned:
-            self.peer_call(lambda intake, key=key: intake.abort(key, "the source restarted"), lambda _: None, MS)
+            self._tell_burned(key)
         self._burned.clear()
+
+    def _tell_burned(self, key: AttemptKey) -> None:
+        self.peer_call(lambda intake: intake.abort(key, "the source restarted"), lambda _: None, BURNED_NS)
 
     def lost_agent(self) -> None:
         """The connection to the agent broke, or its process is gone."""
@@ -204,7 +208,9 @@ class Node(Process):
 
     def _ended(self, run: SourceRun, command: do.EndMigration) -> None:
         if run.hints_asked and command.outcome != "completed" and not self.balloon.told_done:
-            raise ViolationError("the guest has its pages back", f"an attempt ended {command.outcome} without DONE")
+            raise ViolationError(
+                "the guest has its pages back", f"an attempt ended {command.outcome} without DONE"
+            )
         self.world.say(self.name, f"migration ended: {command.outcome}: {command.reason}")
         self.world.coverage[f"outcome {command.outcome}"] += 1
         self.on_ended(command)
@@ -229,7 +235,7 @@ class Node(Process):
                 process.world.say(process.name, f"refused: {error}")
                 return Refusal(str(error))
 
-        return self.network.call(self, self._between, server, served, answered, timeout_ns)
+        return self.network.call(self, self._between, server, served, answered, timeout_ns=timeout_ns)
 
     @property
     def _between(self) -> tuple[str, str]:

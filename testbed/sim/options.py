@@ -1,4 +1,4 @@
-"""What kind of world a seed is: guest, migration, link, and which faults come when. Drawn once, before anything happens.
+"""What kind of world a seed is: guest, migration, link, and which faults come when. Drawn before anything happens.
 
 A schedule is data: it can be printed, made smaller, and played again.
 """
@@ -21,7 +21,7 @@ ACTIVE_MS = 350  # faults begin within this time of a world
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault: at an instant, or when a process reaches a point for the nth time. `for_ms` is how long it lasts."""
+    """One fault: at an instant, or when a process reaches a point for the nth time; it lasts `for_ms`."""
 
     kind: str
     at_ms: float | None = None
@@ -144,5 +144,7 @@ def draw_fault(dice: random.Random) -> Fault:
     for_ms = dice.choice((3.0, 20.0, 100.0, 600.0))
     amount = dice.choice((0.05, 0.3, 0.8)) if kind in LASTING else 0.0
     if dice.random() < 0.6:
-        return Fault(kind, point=dice.choice(POINTS), nth=dice.choice((1, 1, 1, 2, 3)), for_ms=for_ms, amount=amount)
+        return Fault(
+            kind, point=dice.choice(POINTS), nth=dice.choice((1, 1, 1, 2, 3)), for_ms=for_ms, amount=amount
+        )
     return Fault(kind, at_ms=dice.uniform(1.0, ACTIVE_MS), for_ms=for_ms, amount=amount)

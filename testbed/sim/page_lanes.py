@@ -1,4 +1,4 @@
-"""The source's page streams in virtual time, as source_node/page_stream.py and page_lane.py: the real PageReader reads.
+"""The source's page streams in virtual time, as source_node/page_stream.py and page_lane.py, over the real reader.
 
 Rule 1: a page is read when its chunk may go; of a chunk that is not acknowledged its page numbers are kept.
 Rule 2: after a loss everything waits for `resume`, which sends again what is not stored, first.
@@ -194,7 +194,11 @@ class SimStreams:
             return
         if len(lane.kept) - len(lane.ready) >= WINDOW_CHUNKS:
             return
-        if isinstance(lane.works[0] if lane.works else None, Marker) and not lane.ready and lane.waiting_for_ack:
+        if (
+            isinstance(lane.works[0] if lane.works else None, Marker)
+            and not lane.ready
+            and lane.waiting_for_ack
+        ):
             return
         lane.reading = True
         pipe = lane.pipe

@@ -1,6 +1,7 @@
 """Known bugs, planted one at a time, so that the simulator proves that it can fail.
 
-Each is a mistake that somebody could make in a shell or a machine; what it breaks is found by the invariants, not by
+Each is a mistake that somebody could make in a shell or a machine; what it breaks is found by the invariants,
+not by
 looking for it. `docs/simulator.md` says of each what loses.
 """
 
@@ -31,7 +32,7 @@ class Plant(Enum):
 DESCRIPTIONS: dict[Plant, str] = {
     Plant.DIRTY_LOG_CLEARED_AT_HINT: "a hint clears the pages' dirty bits, and not the send set alone",
     Plant.HARVEST_WHILE_ID_OPEN: "one command id for all rounds: harvested while the guest still hints for it",
-    Plant.DIRTY_BIT_CLEARED_AFTER_READ: "a page's dirty bit is cleared when it was read, and not when it was harvested",
+    Plant.DIRTY_BIT_CLEARED_AFTER_READ: "a page's dirty bit is cleared when it was read, not at the harvest",
     Plant.RESUME_AFTER_COMMITTING: "a source whose Commit is not answered lets its guest run on",
     Plant.COMMIT_NOT_DURABLE: "COMMITTED is written and not synced before the guest runs",
     Plant.DONE_FORGOTTEN_ON_CANCEL: "a cancelled or failed attempt does not tell the guest DONE",

@@ -1,4 +1,4 @@
-"""The points of the protocol where a simulated process may be killed, cut off or held: made from the machines' orders.
+"""The points of the protocol where a process may be killed, cut off or held: made from the machines' orders.
 
 Before and after every order that does something, and between writing and syncing every record.
 """

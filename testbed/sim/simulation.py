@@ -1,6 +1,7 @@
 """One seed: two hosts, a guest, an operator who wants it moved, and a schedule of faults; judged at every step.
 
-Rule 1: the operator asks, asks again after a failure, and at last, when every fault is healed, once more without any
+Rule 1: the operator asks, asks again after a failure, and at last, when every fault is healed, once more without
+        any
         limit: that attempt must succeed wherever there is a guest.
 Rule 2: a killed process is started again by its supervisor; a hung one goes on by itself.
 Rule 3: everything follows from the seed and the schedule; a violation ends the world.
@@ -22,7 +23,7 @@ from testbed.sim import invariants
 from testbed.sim.errors import JournalRefused, ViolationError
 from testbed.sim.guest import HELD, Agent, State, Truth
 from testbed.sim.network import Network
-from testbed.sim.node import Host
+from testbed.sim.node import Host, Node
 from testbed.sim.options import ACTIVE_MS, Fault, Options, draw
 from testbed.sim.plants import Plant
 from testbed.sim.world import MS, World
@@ -103,7 +104,9 @@ class Simulation:
         world = self.world
         if violation:
             world.say("world", f"VIOLATION {violation}")
-        return Outcome(world.seed, world.steps, world.coverage, violation, self.options, world.transcript or [])
+        return Outcome(
+            world.seed, world.steps, world.coverage, violation, self.options, world.transcript or []
+        )
 
     def _run(self) -> None:
         world = self.world
@@ -128,7 +131,9 @@ class Simulation:
             world.run_until(world.now_ns + FINAL_MS * MS, self._final_attempt_over)
             owner = self._owner()
             if owner is not self.dest and owner is not None:
-                raise ViolationError("a new attempt succeeds", f"it ended {self._last_outcome or 'never'}; {self._standing()}")
+                raise ViolationError(
+                    "a new attempt succeeds", f"it ended {self._last_outcome or 'never'}; {self._standing()}"
+                )
         if owner is None:
             if not self.lost_is_possible:
                 raise ViolationError("exactly one owner", self._standing())
@@ -256,7 +261,7 @@ class Simulation:
         elif kind == "cut source agent link":
             if self.source.node is not None and self.source.node.alive:
                 node = self.source.node
-                world.after(0, lambda: node.run is not None and node.lost_agent(), node)
+                world.after(0, node.lost_agent, node)
                 world.after(until_ns, lambda: self._reconnect(self.source))
         else:
             assert kind == "restart device", kind
@@ -287,12 +292,16 @@ class Simulation:
         self.world.say(host.name, "the node hangs")
         if replaced:
             self.world.after(for_ns // 3, lambda: self._replace(host))
-        self.world.after(for_ns, lambda: node.alive and self._wake(host, node))
+        self.world.after(for_ns, lambda: self._wake(host, node))
 
-    def _wake(self, host: Host, node: object) -> None:
-        assert node is host.node or self.world.plant is Plant.TWO_PROCESSES_ONE_JOURNAL, "only a lock keeps them apart"
+    def _wake(self, host: Host, node: Node) -> None:
+        if not node.alive or not node.hung:
+            return
+        assert node is host.node or self.world.plant is Plant.TWO_PROCESSES_ONE_JOURNAL, (
+            "only a lock keeps them apart"
+        )
         self.world.say(host.name, "the hung node goes on")
-        node.wake()  # type: ignore[attr-defined]
+        node.wake()
 
     def _replace(self, host: Host) -> None:
         if host.node is not None and host.node.hung:

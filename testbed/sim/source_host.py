@@ -298,7 +298,9 @@ class SourceRun:
 
         self.node.world.after(delay_ms * MS, fire, self.node)
 
-    def _call(self, serve: Callable[[Any], Any], answered: Callable[[Any], told.SourceEvent], limit_ns: int) -> None:
+    def _call(
+        self, serve: Callable[[Any], Any], answered: Callable[[Any], told.SourceEvent], limit_ns: int
+    ) -> None:
         def done(answer: Any) -> None:
             match answer:
                 case Lost(reason):
@@ -320,20 +322,17 @@ class SourceRun:
 
     def _open(self, *, resume: bool) -> None:
         order, pages = self.order, self.guest.ram.pages
-        limit_ms = order.limits.link_timeout_ms
 
         def opened(answer: tuple[str, tuple[int, ...]]) -> told.SourceEvent:
             incarnation, stored_below = answer
             if resume and incarnation != self._incarnation:
-                return told.PeerLost("the destination goes on with another memory than the one that was sent to")
+                return told.PeerLost(
+                    "the destination goes on with another memory than the one that was sent to"
+                )
             self._incarnation = incarnation
             return told.DestinationResumed(stored_below) if resume else told.DestinationOpened(incarnation)
 
-        self._call(
-            lambda intake: intake.open(order.key, pages, order.integrity, order.streams, resume, limit_ms),
-            opened,
-            OPEN_NS,
-        )
+        self._call(lambda intake: intake.open(order, pages, resume=resume), opened, OPEN_NS)
 
     def _start_tracking(self) -> None:
         node = self.node

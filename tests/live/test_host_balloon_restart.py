@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -181,9 +181,7 @@ def test_the_device_of_a_guest_that_moved_in_is_kept(tmp_path):
     second.server.stop()
 
 
-@pytest.mark.parametrize(
-    ("next_id", "shown"), [(CMD_ID_FIRST, CMD_ID_STOP), (CMD_ID_FIRST + 1, CMD_ID_DONE)]
-)
+@pytest.mark.parametrize(("next_id", "shown"), [(CMD_ID_FIRST, CMD_ID_STOP), (CMD_ID_FIRST + 1, CMD_ID_DONE)])
 def test_a_device_that_ever_asked_for_hints_shows_done_again(tmp_path, next_id, shown):
     """A guest that looks rarely may not have read the DONE of before: it would hold its pages for ever."""
     DeviceStore(tmp_path / "device.json").keep(replace(KEPT, next_command_id=next_id))

@@ -1,0 +1,147 @@
+"""`ballast sim`: thousands of simulated worlds, and each of them again.
+
+Rule 1: exit code 0: no violation, or with --plant the planted bug was found; 1: the opposite, or (from
+        COVERAGE_SEEDS
+        seeds on) something was never reached.
+"""
+# ruff: noqa: PLC0415 - what a command needs is imported when it runs
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Self
+
+import typer
+
+if TYPE_CHECKING:
+    from testbed.sim.runner import Summary
+    from testbed.sim.simulation import Outcome
+
+COVERAGE_SEEDS = 10_000  # so many must have reached everything
+PLANT_SEEDS = 2_000
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `ballast`."""
+    app.command()(sim)
+
+
+def sim(
+    *,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many worlds.")] = 1000,
+    first: Annotated[int, typer.Option("--first", min=0, help="The first seed.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Play this one again, with its transcript.")
+    ] = None,
+    plant: Annotated[
+        str,
+        typer.Option(
+            "--plant", metavar="NAME", help="Plant a known bug: it must be found. 'list' names them."
+        ),
+    ] = "",
+    processes: Annotated[int, typer.Option("--processes", min=0, help="0: one a core.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Simulate migrations: the real machines in virtual time, with faults drawn from the seed."""
+    from testbed.sim.plants import DESCRIPTIONS, Plant, plant_named
+
+    if plant == "list":
+        for known, what in DESCRIPTIONS.items():
+            typer.echo(f"{known.value:40} {what}")
+        return
+    try:
+        planted = plant_named(plant) if plant else Plant.NONE
+    except ValueError as error:
+        typer.echo(f"ballast: {error}", err=True)
+        raise typer.Exit(2) from None
+    if seed is not None:
+        _replay(seed, planted, as_json=as_json)
+        return
+    from testbed.sim.runner import run_seeds
+
+    wanted = planted is not Plant.NONE
+    with _progress(seeds) as told:
+        summary = run_seeds(first, seeds, planted, told, processes=processes, stop_at_first=wanted)
+    if as_json:
+        typer.echo(json.dumps(summary.to_dict(), indent=2))
+    else:
+        _report(summary)
+    incomplete = not wanted and summary.seeds >= COVERAGE_SEEDS and bool(summary.unreached)
+    if bool(summary.failing) is not wanted or incomplete:
+        raise typer.Exit(1)
+
+
+def _replay(seed: int, plant: object, *, as_json: bool) -> None:
+    from testbed.sim.minimise import minimised
+    from testbed.sim.plants import Plant
+    from testbed.sim.runner import violation
+    from testbed.sim.simulation import simulate
+
+    assert isinstance(plant, Plant), plant
+    outcome = simulate(seed, plant, transcript=True)
+    smallest = minimised(outcome, plant) if outcome.violation else None
+    if as_json:
+        document = violation(outcome) | {"minimised": violation(smallest) if smallest else None}
+        typer.echo(json.dumps(document, indent=2))
+    else:
+        for line in outcome.transcript:
+            typer.echo(line)
+        _tell(smallest or outcome, plant)
+    if bool(outcome.violation) is not (plant is not Plant.NONE):
+        raise typer.Exit(1)
+
+
+def _tell(outcome: Outcome, plant: object) -> None:
+    """What broke, and under which schedule."""
+    if not outcome.violation:
+        typer.echo(f"seed {outcome.seed}: {outcome.steps} steps, every invariant holds")
+        return
+    name = getattr(plant, "value", "")
+    typer.echo(f"\nseed {outcome.seed}: {outcome.violation}")
+    for fault in outcome.options.faults:
+        typer.echo(f"  {fault}")
+    typer.echo(f"  again: ballast sim --seed {outcome.seed}{f' --plant {name}' if name else ''}")
+
+
+def _report(summary: Summary) -> None:
+    document = summary.to_dict()
+    for outcome in summary.smallest:
+        for line in outcome.transcript:
+            typer.echo(line)
+        _tell(outcome, summary.plant)
+    typer.echo(
+        f"{document['seeds']} seeds in {document['seconds']:.1f} s ({document['seeds_per_second']:.0f} a second), "
+        f"{document['steps']} steps, median {document['steps_median']} a seed, "
+        f"{document['violations_count']} violations"
+    )
+    for group, names in summary.coverage.items():
+        least = min(names, key=names.__getitem__)
+        reached = sum(1 for count in names.values() if count)
+        typer.echo(f"  {group:20} {reached} of {len(names)} reached; least {names[least]}: {least}")
+    for missing in summary.unreached:
+        typer.echo(f"  never reached: {missing}")
+
+
+class _progress:  # noqa: N801 - a context manager that reads as a verb
+    """One line on stderr: a bar for a human, JSON lines for a program."""
+
+    def __init__(self, seeds: int) -> None:
+        self._seeds = seeds
+        self._human = sys.stderr.isatty()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __call__(self, done: int, violations: int) -> None:
+        if self._human:
+            sys.stderr.write(f"\r{done:>8} of {self._seeds} seeds, {violations} violations ")
+        else:
+            sys.stderr.write(
+                json.dumps({"seeds_done": done, "seeds": self._seeds, "violations": violations}) + "\n"
+            )
+        sys.stderr.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if self._human:
+            sys.stderr.write("\n")

@@ -1,0 +1,90 @@
+"""The simulator: nothing breaks where nothing is planted, everything planted is found, and a seed is a seed."""
+
+import json
+from collections import Counter
+
+import pytest
+from typer.testing import CliRunner
+
+from testbed.cli import app
+from testbed.sim import coverage
+from testbed.sim.minimise import minimised
+from testbed.sim.options import draw
+from testbed.sim.plants import DESCRIPTIONS, Plant
+from testbed.sim.runner import run_seeds
+from testbed.sim.simulation import simulate
+
+SEEDS = 120
+PLANT_SEEDS = 2_000  # each planted bug is found within these; the first find ends the search
+
+
+def test_no_invariant_breaks():
+    summary = run_seeds(0, SEEDS, Plant.NONE, lambda _done, _violations: None)
+    again = [f"ballast sim --seed {outcome.seed}: {outcome.violation}" for outcome in summary.failing]
+    assert not again
+    assert summary.seeds == SEEDS
+    document = summary.to_dict()
+    assert document["steps_median"] >= 300, "the standard world is long enough to be worth it"
+    assert all(draw(seed).pages >= 256 for seed in range(SEEDS))
+    json.dumps(document)
+
+
+@pytest.mark.parametrize("plant", DESCRIPTIONS, ids=lambda plant: plant.value)
+def test_a_planted_bug_is_found(plant):
+    for seed in range(PLANT_SEEDS):
+        outcome = simulate(seed, plant)
+        if outcome.violation:
+            return
+    raise AssertionError(f"{plant.value} was not found in {PLANT_SEEDS} seeds")
+
+
+def test_a_seed_is_the_same_world_every_time():
+    first, second = (simulate(11, transcript=True) for _ in range(2))
+    assert first.transcript == second.transcript
+    assert (first.steps, first.coverage) == (second.steps, second.coverage)
+    assert simulate(11).steps == first.steps, "a transcript changes nothing"
+
+
+def test_a_failure_is_made_small_and_fails_alike():
+    failing = next(
+        outcome
+        for outcome in (simulate(seed, Plant.DONE_FORGOTTEN_ON_CANCEL) for seed in range(200))
+        if outcome.violation and len(outcome.options.faults) > 1
+    )
+    smallest = minimised(failing, Plant.DONE_FORGOTTEN_ON_CANCEL)
+    assert len(smallest.options.faults) < len(failing.options.faults)
+    assert smallest.violation.partition(":")[0] == failing.violation.partition(":")[0]
+    assert "VIOLATION" in smallest.transcript[-1]
+
+
+def test_the_universe_of_coverage_is_made_from_the_tables():
+    groups = coverage.universe()
+    assert "COMMITTING CommitAnswered COMPLETING" in groups["source_transitions"]
+    assert "PREPARED CommitRequested CONFIRMING" in groups["dest_transitions"]
+    assert "source.COMMITTING.written" in groups["points"]
+    counted = coverage.grouped(Counter({"outcome completed": 3}))
+    assert counted["outcomes"] == {"completed": 3, "rehearsal": 0, "cancelled": 0, "failed": 0}
+    assert "outcomes: failed" in coverage.unreached(counted)
+
+
+def test_the_command_replays_a_seed_and_names_what_can_be_planted():
+    runner = CliRunner()
+    listed = runner.invoke(app, ["sim", "--plant", "list"])
+    assert listed.exit_code == 0
+    assert "commit-not-durable" in listed.output
+    assert runner.invoke(app, ["sim", "--plant", "nonsense"]).exit_code == 2
+    replayed = runner.invoke(app, ["sim", "--seed", "3"])
+    assert replayed.exit_code == 0, replayed.output
+    assert "every invariant holds" in replayed.output
+    document = json.loads(
+        runner.invoke(app, ["sim", "--seeds", "3", "--processes", "1", "--json"]).stdout
+    )
+    assert {"seeds", "violations", "seconds", "steps", "coverage"} <= document.keys()
+    assert (document["seeds"], document["violations"]) == (3, [])
+    failing = runner.invoke(
+        app, ["sim", "--seeds", "300", "--processes", "1", "--plant", "dirty-bit-cleared-after-read", "--json"]
+    )
+    assert failing.exit_code == 0, "it was found"
+    (violation,) = json.loads(failing.stdout)["violations"]
+    assert violation["violation"].startswith("no lost write")
+    assert violation["transcript"]
