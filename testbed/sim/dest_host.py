@@ -188,9 +188,9 @@ class SimIntake:
                 )
             self._stored[pfns] = True
 
-    def _cut(self, pipe: Pipe) -> None:
-        if self.node.world.plant is not Plant.LATE_CHUNK_STORED:
-            pipe.close("cut by the destination")
+    @staticmethod
+    def _cut(pipe: Pipe) -> None:
+        pipe.close("cut by the destination")
 
     def _over(self, receiver: PageReceiver, stream: PageStreamIn, broken: str, refused: str) -> None:
         receiver.end_stream(stream)

@@ -34,7 +34,7 @@ class Entry:
 class SimJournal:
     """One host's file. `reach` is told between writing and syncing, where a process may die."""
 
-    def __init__(self, reach: Callable[[str], None]) -> None:
+    def __init__(self, reach: Callable[[str], object]) -> None:
         self.holder: object = None
         self._reach = reach
         self._rows: dict[tuple[AttemptKey, str], Entry] = {}

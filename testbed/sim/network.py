@@ -66,6 +66,10 @@ class Network:
             return True
         return False
 
+    def noticed_ns(self) -> int:
+        """After so long one end hears that a connection broke: often at once."""
+        return self.dice.randrange(1, NOTICE_NS // 1000 if self.dice.random() < 0.4 else NOTICE_NS)
+
     def line_ns(self, size: int) -> int:
         """When so many bytes are through the link, from now on."""
         now = self.world.now_ns
@@ -159,8 +163,7 @@ class Network:
         for pipe in tuple(self.pipes):
             pipe.broken(why)
         for call in tuple(self.calls):
-            delay_ns = self.dice.randrange(1, NOTICE_NS)
-            self.world.after(delay_ns, lambda call=call: call.end(Lost(why)), call.caller)  # type: ignore[misc]
+            self.world.after(self.noticed_ns(), lambda call=call: call.end(Lost(why)), call.caller)  # type: ignore[misc]
 
     def process_ended(self, process: Process) -> None:
         """Its own calls are nobody's any more; those that it was to answer break."""
@@ -168,7 +171,7 @@ class Network:
             if call.caller is process:
                 call.forget()
             else:
-                delay_ns = self.dice.randrange(1, NOTICE_NS)
+                delay_ns = self.noticed_ns()
                 self.world.after(delay_ns, lambda call=call: call.end(Lost("connection reset")), call.caller)  # type: ignore[misc]
 
     def shut(self, *directions: str) -> None:
@@ -337,9 +340,9 @@ class Pipe:
     def broken(self, reason: str) -> None:
         """The connection is gone: each end notices in its own time."""
         self._drop()
-        dice = self._network.dice
-        self._world.after(dice.randrange(1, NOTICE_NS), lambda: self._end_source(reason, False), self.source)
-        self._world.after(dice.randrange(1, NOTICE_NS), lambda: self._end_dest(reason))
+        noticed = self._network.noticed_ns
+        self._world.after(noticed(), lambda: self._end_source(reason, False), self.source)
+        self._world.after(noticed(), lambda: self._end_dest(reason))
 
     def _drop(self) -> None:
         if self in self._network.pipes:

@@ -6,6 +6,7 @@ Rule 2: what a seed does depends on the seed alone, so that its failure is playe
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 CHUNK_SEEDS = 20
+COLLECT_SEEDS = 5
 VIOLATIONS_MAX = 10  # made small and told whole; the rest is only counted
 
 
@@ -89,7 +91,10 @@ def run_range(task: tuple[int, int, Plant]) -> Part:
     """One worker's work: `count` seeds from `first`."""
     first, count, plant = task
     part = Part()
+    gc.disable()  # a world is a few thousand objects that know each other: collected between worlds, and not within
     for seed in range(first, first + count):
+        if seed % COLLECT_SEEDS == 0:
+            gc.collect()
         outcome = simulate(seed, plant)
         part.seeds += 1
         part.steps.append(outcome.steps)

@@ -87,8 +87,8 @@ class Simulation:
         node = self.source.node
         if node is not None and node.run is not None and not node.run.over:
             waits = node.run.machine.phase.name in {"COMMITTING", "PREPARING"}
-            return 5 * MS if waits else MS
-        return QUIET_NS if self.healed else 6 * MS
+            return 8 * MS if waits else 3 * MS // 2
+        return QUIET_NS if self.healed else 8 * MS
 
     # -- the run -------------------------------------------------------------------------------
 
@@ -258,6 +258,13 @@ class Simulation:
             node = self.source.node
             if node is not None and node.run is not None:
                 node.run.cancel("cancelled by the operator")
+        elif kind == "timers fire early":
+            node = self.source.node
+            if node is not None and node.run is not None:
+                node.run.hurry()
+        elif kind == "refuse streams":
+            for pipe in tuple(network.pipes):
+                pipe.close("the destination refuses", refused=True)
         elif kind == "cut source agent link":
             if self.source.node is not None and self.source.node.alive:
                 node = self.source.node

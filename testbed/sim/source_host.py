@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from testbed.sim.node import Node
 
 STEP_NS = 15_000
+SLOW_STEPS, SLOW_STEP_NS = 0.05, 4 * MS
+HOLD_NS = 40 * MS  # at a point where a fault comes, until it is felt
 OPEN_NS, PREPARE_NS, COMMIT_NS = 1_500 * MS, 3_000 * MS, 800 * MS
 FAREWELL_NS = 500 * MS
 CLOSE_NS = 800 * MS
@@ -97,6 +99,7 @@ class SourceRun:
         self._first: deque[told.SourceEvent] = deque()
         self._commands: deque[do.SourceCommand] = deque()
         self._timers: dict[told.Timer, object] = {}
+        self._dice = node.world.dice(f"steps of {node.name}")
         self._blocked = False
         self._stepping = False
         self._calls: list[Any] = []
@@ -153,7 +156,9 @@ class SourceRun:
     def _go_on(self) -> None:
         if not self._stepping and not self.over:
             self._stepping = True
-            self.node.world.after(STEP_NS, self._step, self.node)
+            slow = self._dice.random() < SLOW_STEPS  # the thread had to wait for a processor
+            delay_ns = self._dice.randrange(STEP_NS, SLOW_STEP_NS) if slow else STEP_NS
+            self.node.world.after(delay_ns, self._step, self.node)
 
     def _step(self) -> None:
         self._stepping = False
@@ -193,8 +198,21 @@ class SourceRun:
 
     def _execute(self, command: do.SourceCommand) -> None:
         world, seen = self.node.world, type(command) not in points.UNSEEN
-        if seen:
-            world.reach(points.before("source", type(command)))
+        if seen and world.reach(points.before("source", type(command))):
+            # Held until the fault is in force: what it brings may be told before what the order brings.
+            self._blocked = True
+            self.node.world.after(self._dice.randrange(1, HOLD_NS), lambda: self._let_go(command), self.node)
+            return
+        self._do(command, seen=seen)
+
+    def _let_go(self, command: do.SourceCommand) -> None:
+        self._blocked = False
+        self._do(command, seen=True)
+        if not self.over:
+            self._go_on()
+
+    def _do(self, command: do.SourceCommand, *, seen: bool) -> None:
+        world = self.node.world
         if world.transcript is not None:
             world.say(self.node.name, f"    {_told(command)}")
         try:
@@ -258,7 +276,8 @@ class SourceRun:
             case do.FreezeGuest():
                 self._freeze()
             case do.AbortDestination(key, reason):
-                self._farewell(lambda intake: intake.abort(key, reason))
+                if node.world.plant is not Plant.PREPARE_REPLAYED_AFTER_RESUME:
+                    self._farewell(lambda intake: intake.abort(key, reason))
             case do.ForgetDestination(key):
                 self._farewell(lambda intake: intake.forget(key))
             case do.Note():
@@ -287,6 +306,12 @@ class SourceRun:
         else:
             journal.move(key, "source", {"STARTED", "COMMITTING"}, state.value, detail=command.reason)
         self.post(told.StateRecorded(state))
+
+    def hurry(self) -> None:
+        """Every timer that is armed fires now."""
+        for timer in tuple(self._timers):
+            del self._timers[timer]
+            self.post(told.TimerFired(timer))
 
     def _arm(self, timer: told.Timer, delay_ms: int) -> None:
         mark = self._timers[timer] = object()

@@ -95,8 +95,8 @@ class World:
                 return
         self.now_ns = max(self.now_ns, instant_ns)
 
-    def reach(self, point: str) -> None:
-        """The process at work is at this point; a fault may be waiting for it here."""
+    def reach(self, point: str) -> bool:
+        """The process at work is at this point; a fault may be waiting for it here: whether one was."""
         self.coverage[f"point {point}"] += 1
         waiting = self.at_point.get(point)
         if waiting:
@@ -104,6 +104,8 @@ class World:
             waiting.pop(0)()
             if acting is not None and not acting.alive:
                 raise ProcessDied
+            return True
+        return False
 
     def say(self, who: str, what: str) -> None:
         """One line of the transcript."""

@@ -76,13 +76,12 @@ def test_the_command_replays_a_seed_and_names_what_can_be_planted():
     replayed = runner.invoke(app, ["sim", "--seed", "3"])
     assert replayed.exit_code == 0, replayed.output
     assert "every invariant holds" in replayed.output
-    document = json.loads(
-        runner.invoke(app, ["sim", "--seeds", "3", "--processes", "1", "--json"]).stdout
-    )
+    document = json.loads(runner.invoke(app, ["sim", "--seeds", "3", "--processes", "1", "--json"]).stdout)
     assert {"seeds", "violations", "seconds", "steps", "coverage"} <= document.keys()
     assert (document["seeds"], document["violations"]) == (3, [])
     failing = runner.invoke(
-        app, ["sim", "--seeds", "300", "--processes", "1", "--plant", "dirty-bit-cleared-after-read", "--json"]
+        app,
+        ["sim", "--seeds", "300", "--processes", "1", "--plant", "dirty-bit-cleared-after-read", "--json"],
     )
     assert failing.exit_code == 0, "it was found"
     (violation,) = json.loads(failing.stdout)["violations"]
