@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from migration import commands as do
 from migration import events as told
 from migration.identity import AttemptKey
+from migration.pages import PAGE_BYTES
 from migration.rounds import Limits
+from source_node.packer import PackingOrder
 from source_node.recovery import given_away_by, to_take_up, turned_back
 from testbed.sim.balloon import SimBalloon
 from testbed.sim.dest_host import SimIntake
@@ -143,7 +145,7 @@ class Node(Process):
         entries: Any = self.journal.entries("source")  # with the same fields as the real journal's
         agent, pending = self.agent, to_take_up(entries)
         if pending is not None and pending.digest is not None:
-            order = Order(pending.key, told.Skip.NONE, Limits(), "stream", 0, False, 1)
+            order = Order(pending.key, told.Skip.NONE, Limits(), "stream", 0, False, 1, PackingOrder())
             if agent.guest is not None:
                 self.run = SourceRun(self, order, self._ended)
                 self.run.take_up(pending.digest)
@@ -202,6 +204,7 @@ class Node(Process):
             options.hint_wait_ms,
             rehearsal,
             options.streams,
+            PackingOrder(options.compression, options.delta_cache_pages * PAGE_BYTES),
         )
         self.run = SourceRun(self, order, self._ended)
         self.run.start()

@@ -52,6 +52,8 @@ class Options:
     kept: float = 0.3
     writes: int = 4
     skip: str = "both"
+    compression: str = "none"
+    delta_cache_pages: int = 0
     integrity: str = "full"
     hint_mode: str = "hold"
     hint_diligence: float = 1.0  # chance that the driver does something in a slice
@@ -89,6 +91,8 @@ def draw(seed: int) -> Options:
         kept=dice.uniform(0.1, 0.4),
         writes=dice.randint(2, 12),
         skip=dice.choice(("none", "zero", "hint", "hint", "both", "both", "both")),
+        compression=dice.choice(("lz4", "zstd")) if dice.random() < 0.1 else "none",
+        delta_cache_pages=64 if dice.random() < 0.1 else 0,
         integrity=dice.choice(("full", "stream", "stream")),
         hint_mode=dice.choice(("hold", "walk")),
         hint_diligence=dice.choice((1.0, 0.5, 0.2, 0.05, 0.0)) if dice.random() < 0.5 else 1.0,

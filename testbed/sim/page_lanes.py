@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from migration.pages import U64Array
+    from source_node.packer import Packer
     from testbed.sim.network import Pipe
     from testbed.sim.world import Process, World
 
@@ -76,19 +77,20 @@ class SimStreams:
         process: Process,
         connect: Callable[[], Pipe],
         reader: PageReader,
-        streams: int,
+        packers: Sequence[Packer | None],
     ) -> None:
         self.world = world
         self.sent: Callable[[PagesSent], None]
         self.acknowledged: Callable[[], None]
         self.lost: Callable[[str, bool], None]
         self.was_read: Callable[[U64Array], None] = lambda _: None
-        self.resent: list[int] = []
-        self.stored_again = 0
         self._process = process
         self._connect = connect
         self._reader = reader
-        self._lanes = [Lane(ChunkNumbers(index)) for index in range(streams)]
+        self._lanes = [
+            Lane(ChunkNumbers(index, chunk_pages=SLICE_PAGES, packer=packer))
+            for index, packer in enumerate(packers)
+        ]
         self._parts: list[Part] = []
         self._parts_unread = 0
         self._unacknowledged = 0
@@ -175,7 +177,8 @@ class SimStreams:
         if len(lost):
             last = lane.works[0].round_index if lane.works else 1
             lane.works.appendleft(Part(last, lost, is_repair=True))
-        self.resent.extend(lost.tolist())
+        if lane.numbers.packer is not None:
+            lane.numbers.packer.forget(lost)
         return lost
 
     def _count_stored(self, lane: Lane, stored_below: int) -> None:

@@ -10,7 +10,7 @@ from migration.codec import page_hashes
 from migration.pages import PAGE_BYTES, pfns_of
 
 if TYPE_CHECKING:
-    from migration.pages import BoolArray, U32Array, U64Array
+    from migration.pages import BoolArray, U8Array, U32Array, U64Array
 
 WORDS = PAGE_BYTES // 8
 
@@ -30,6 +30,11 @@ class SimRam:
         """All of it as writable bytes."""
         return self.words.reshape(-1).view(np.uint8).data
 
+    @property
+    def pages_view(self) -> U8Array:
+        """Shape (pages, 4096), for a look at single pages."""
+        return self.words.view(np.uint8)
+
     def fill(self, pfns: U64Array, contents: U64Array) -> None:
         """Every word of page i becomes contents[i]."""
         self.words[pfns] = contents[:, None]
@@ -46,6 +51,9 @@ class SimRam:
     def gather(self, pfns: U64Array, out: memoryview) -> None:
         """Copy pages out."""
         np.frombuffer(out, np.uint64).reshape(-1, WORDS)[:] = self.words[pfns]
+
+    def resident_views(self, _run_first: U64Array, _run_pages: U32Array) -> None:
+        """No mapping to copy out of: pages are gathered."""
 
     def store(self, run_first: U64Array, run_pages: U32Array | U64Array, data: memoryview) -> None:
         """Copy pages in."""

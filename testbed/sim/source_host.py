@@ -15,7 +15,9 @@ from migration import commands as do
 from migration import events as told
 from migration.codec import image_digest
 from migration.errors import RemoteProtocolError
+from migration.page_bits import PageBits
 from migration.source_machine import SourceMachine
+from source_node.packer import PackingOrder, packers
 from source_node.page_reader import PageReader
 from testbed.sim import points
 from testbed.sim.errors import AgentGone, AgentRefused, DeviceNotReady, ViolationError
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from host.hint_batch import HintBatch
     from migration.identity import AttemptKey
-    from migration.pages import BoolArray, U64Array
+    from migration.pages import U64Array
     from testbed.sim.node import Node
 
 STEP_NS = 15_000
@@ -65,6 +67,7 @@ class Order:
     hint_wait_ms: int
     rehearsal: bool
     streams: int
+    packing: PackingOrder
 
 
 class Scanner:
@@ -73,10 +76,10 @@ class Scanner:
     def __init__(self, run: SourceRun) -> None:
         self._run = run
 
-    def scan_and_protect(self) -> BoolArray:
+    def scan_and_protect(self) -> PageBits:
         """Pages written since the last time."""
         guest = self._run.guest
-        dirty = guest.written.copy()
+        dirty = PageBits.of(guest.written)
         if self._run.node.world.plant is not Plant.DIRTY_BIT_CLEARED_AFTER_READ or not self._run.tracking:
             guest.written[:] = False
         return dirty
@@ -367,7 +370,8 @@ class SourceRun:
             attempt=self.order.key.attempt,
             detects_zero=self.order.skip.detects_zero,
         )
-        streams = SimStreams(node.world, node, node.peer_stream, self._reader, self.order.streams)
+        packed = packers(self.order.packing, self.order.streams, self.guest.ram.pages)
+        streams = SimStreams(node.world, node, node.peer_stream, self._reader, packed)
         streams.sent = self._pages_sent
         streams.acknowledged = lambda: self.post(told.AllAcknowledged())
         streams.lost = lambda reason, refused: self.post(
