@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from migration.pages import BoolArray
     from testbed.sim.network import Pipe
     from testbed.sim.node import Node
-    from testbed.sim.source_host import Order, Prepare
+    from testbed.sim.orders import Order, Prepare
 
 ACK_EVERY = 3
 SILENCE_MS = 1_000  # the real one's is ten seconds

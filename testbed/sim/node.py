@@ -22,8 +22,9 @@ from testbed.sim.errors import REFUSALS, AgentGone, AgentRefused, ViolationError
 from testbed.sim.guest import Agent, State
 from testbed.sim.journal import SimJournal
 from testbed.sim.network import Refusal
+from testbed.sim.orders import Order
 from testbed.sim.plants import Plant
-from testbed.sim.source_host import Order, SourceRun
+from testbed.sim.source_host import SourceRun
 from testbed.sim.world import MS, Process
 
 if TYPE_CHECKING:

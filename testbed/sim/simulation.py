@@ -27,6 +27,7 @@ from testbed.sim.node import Host, Node
 from testbed.sim.options import ACTIVE_MS, Fault, Options, draw
 from testbed.sim.plants import Plant
 from testbed.sim.world import MS, World
+from virtio.errors import VirtioError
 
 if TYPE_CHECKING:
     from migration import commands as do
@@ -99,7 +100,7 @@ class Simulation:
             self._run()
         except ViolationError as error:
             violation = str(error)
-        except (ProtocolError, JournalRefused, AssertionError) as error:
+        except (ProtocolError, VirtioError, JournalRefused, AssertionError) as error:
             violation = f"a machine failed: {type(error).__name__}: {error}"
         world = self.world
         if violation:

@@ -7,7 +7,6 @@ Rule 2: the order of effects is the real shell's; what fails is told as the real
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, assert_never
 
 from host.trackers import UffdTracker
@@ -17,11 +16,12 @@ from migration.codec import image_digest
 from migration.errors import RemoteProtocolError
 from migration.page_bits import PageBits
 from migration.source_machine import SourceMachine
-from source_node.packer import PackingOrder, packers
+from source_node.packer import packers
 from source_node.page_reader import PageReader
 from testbed.sim import points
 from testbed.sim.errors import AgentGone, AgentRefused, DeviceNotReady, ViolationError
 from testbed.sim.network import Lost, Refusal
+from testbed.sim.orders import Order, Prepare, in_a_line
 from testbed.sim.page_lanes import SimStreams
 from testbed.sim.plants import Plant
 from testbed.sim.world import MS
@@ -41,33 +41,6 @@ OPEN_NS, PREPARE_NS, COMMIT_NS = 1_500 * MS, 3_000 * MS, 800 * MS
 FAREWELL_NS = 500 * MS
 CLOSE_NS = 800 * MS
 EVENTS_MAX = 64  # of a machine's queue: hint reports come slower than they are taken
-
-
-@dataclass(frozen=True, slots=True)
-class Prepare:
-    """What Prepare carries."""
-
-    key: AttemptKey
-    incarnation: str
-    image_digest: int
-    vcpu_state: bytes
-    device: bytes
-    chunks: int
-    rehearsal: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What the operator asked for."""
-
-    key: AttemptKey
-    skip: told.Skip
-    limits: Any
-    integrity: str
-    hint_wait_ms: int
-    rehearsal: bool
-    streams: int
-    packing: PackingOrder
 
 
 class Scanner:
@@ -184,7 +157,7 @@ class SourceRun:
         self._commands.extend(machine.handle(event, world.now_ns))
         world.coverage[f"source {before.name} {type(event).__name__} {machine.phase.name}"] += 1
         if world.transcript is not None:
-            world.say(self.node.name, f"{_told(event)}: {before.name} -> {machine.phase.name}")
+            world.say(self.node.name, f"{in_a_line(event)}: {before.name} -> {machine.phase.name}")
         if self.machine.round_set is not None:
             self.machine.round_set.ledger  # noqa: B018 - balanced when frozen; a wrong sum raises there
         if self._plants_late(event):
@@ -217,7 +190,7 @@ class SourceRun:
     def _do(self, command: do.SourceCommand, *, seen: bool) -> None:
         world = self.node.world
         if world.transcript is not None:
-            world.say(self.node.name, f"    {_told(command)}")
+            world.say(self.node.name, f"    {in_a_line(command)}")
         try:
             self._carry_out(command)
         except (AgentRefused, AgentGone, DeviceNotReady) as error:
@@ -507,16 +480,3 @@ def _report(batch: HintBatch) -> told.HintsReported:
         stale_pages=batch.stale_pages,
         rejected_ranges=batch.rejected_ranges,
     )
-
-
-def _told(what: Any) -> str:
-    """One line about an event or an order."""
-    parts = []
-    for name in getattr(what, "__slots__", ()):
-        value = getattr(what, name)
-        if hasattr(value, "dtype"):
-            value = f"{int(value.sum())} set" if value.dtype == bool else f"[{len(value)}]"
-        elif isinstance(value, dict):
-            continue
-        parts.append(f"{name}={getattr(value, 'name', value)}")
-    return f"{type(what).__name__}({', '.join(parts)})"
