@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from migration.pb import migration_pb2
 
 SILENCE_S = 10.0  # Prepare follows the last page, and the stream follows Open, within milliseconds
+# No chunk on any open stream: twice what a node is held at a point, and far more than a guest is waited for.
+STREAM_SILENCE_S_MAX = 120.0
+OUTCOMES_MAX = 10_000  # attempts that no source has said Forget of: they are kept, so there must be an end
 TAKE_OVER_S_MAX = 10.0  # one request to the agent, and a file of 8 bytes a page
 JOIN_TIMEOUT_S = 10.0  # a writer stores one chunk in about a millisecond; it ends before it takes another
 
@@ -66,8 +69,7 @@ class Intake:
         self._machine = DestMachine()
         self._receiver: PageReceiver | None = None
         self._fresh: HostRam | None = None  # for the attempt that is being opened
-        self._streams = 1  # of that attempt
-        self._integrity = "full"
+        self._asked = 1, "full", 0  # of that attempt: streams, integrity, link_timeout_ms
         self._prepare: migration_pb2.PrepareRequest | None = None
         self._restored = False
         self._silence = threading.Timer(0.0, lambda: None)
@@ -100,23 +102,27 @@ class Intake:
             RemoteProtocolError: another attempt is at hand that this one may not replace, or nothing to resume.
         """
         with self._lock:
+            asked = streams, integrity, link_timeout_ms
+            if key == self._machine.key and self._machine.phase in RESUMABLE_PHASES and asked != self._asked:
+                raise RemoteProtocolError(f"attempt {key} was opened with {self._asked}, not {asked}")
             if resume:
                 return self._resume(told.OpenRequested(key, memory_bytes, resume=True))
             if key != self._machine.key:
-                if (entry := self._host.journal.get(key, "dest")) is not None:
-                    raise IntakeRefused(f"attempt {key} was {entry.state} here before")
+                self._check_new(key)
                 self._check_room(memory_bytes)
             idle = self._receiver is None or not self._receiver.streaming
             # Made beforehand, so that a host without memory refuses before anything has changed. It is all hole.
             self._fresh = HostRam.create(memory_bytes)
-            self._streams = streams
+            earlier, self._asked = self._asked, asked
             try:
                 self._drive(told.OpenRequested(key, memory_bytes, idle, link_timeout_ms=link_timeout_ms))
+            except BaseException:
+                self._asked = earlier
+                raise
             finally:
                 if self._fresh is not None:
                     self._fresh.close()
                     self._fresh = None
-            self._integrity = integrity
             self._silence_s = max(SILENCE_S, link_timeout_ms / 1000)
             return self._opened()
 
@@ -163,9 +169,14 @@ class Intake:
         with self._lock:
             if mark is not self._silence_mark or self._receiver is None:
                 return
-            lost = self._machine.phase is DestPhase.LINK_LOST
-            idle = self._machine.phase is DestPhase.RECEIVING and not self._receiver.streaming
-            if lost or idle:
+            receiving = self._machine.phase is DestPhase.RECEIVING
+            if receiving and self._receiver.streaming:
+                limit_s = max(STREAM_SILENCE_S_MAX, self._silence_s)
+                if now_ns() - self._receiver.heard_ns < limit_s * 1e9:
+                    self._expect_life()
+                    return
+                self._drive(told.IntakeFailed(f"the source's streams were open and silent for {limit_s:g} s"))
+            elif receiving or self._machine.phase is DestPhase.LINK_LOST:
                 self._drive(told.IntakeFailed(f"the source was silent for {self._silence_s:g} s"))
 
     def prepare(self, key: AttemptKey, request: migration_pb2.PrepareRequest) -> do.Reply:
@@ -261,7 +272,7 @@ class Intake:
         match command:
             case do.ReserveMemory(key, memory_bytes):
                 assert self._fresh is not None, "memory is reserved by open alone"
-                self._receiver = PageReceiver(self._fresh, key.attempt, streams=self._streams)
+                self._receiver = PageReceiver(self._fresh, key.attempt, streams=self._asked[0])
                 self._fresh = None
                 self._host.events.add("memory_reserved", memory_bytes=memory_bytes, cpu_seconds=cpu_seconds())
             case do.JoinStreams():
@@ -336,6 +347,16 @@ class Intake:
 
     # -- orders --------------------------------------------------------------------------------
 
+    def _check_new(self, key: AttemptKey) -> None:
+        journal = self._host.journal
+        if (entry := journal.get_any_epoch(key, "dest")) is not None:
+            raise IntakeRefused(f"attempt {entry.key} was {entry.state} here before")
+        if journal.count("dest") >= OUTCOMES_MAX:
+            raise IntakeRefused(
+                f"host {self._host.name} keeps the outcomes of {OUTCOMES_MAX} attempts: "
+                "their sources have to say Forget before another one comes"
+            )
+
     def _check_room(self, memory_bytes: int) -> None:
         guest, limit = self._host.guest, self._host.guest_memory_bytes_max
         if not guest.attached:
@@ -382,7 +403,7 @@ class Intake:
                 "the image digest differs", found=f"{found:016x}", sent=f"{digest:016x}"
             )
         started_ns = now_ns()
-        if self._integrity == "full":
+        if self._asked[1] == "full":
             hashes = receiver.ram.hash_pages()
             pfn = receiver.difference(hashes)
             if pfn is not None:

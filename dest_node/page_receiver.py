@@ -67,6 +67,7 @@ class PageReceiver:
         self.incarnation = uuid.uuid4().hex
         self.attempt = attempt
         self.stored_hashes: U64Array = np.zeros(ram.pages, np.uint64)  # 0: never named by a chunk
+        self.heard_ns = now_ns()  # when the newest chunk was stored
         self.unpack_cpu_ns = 0  # CPU time of decompression and of deltas, of calls that ended
         self._known_zero = np.ones(ram.pages, np.bool_)
         self._lanes = [Lane(index) for index in range(streams)]
@@ -213,6 +214,7 @@ class PageReceiver:
         self._store_data(chunk)
         self._store_zero(chunk)
         lane.stored_below += 1
+        self.heard_ns = now_ns()
 
     def _store_data(self, chunk: DecodedChunk) -> None:
         if not chunk.data_page_count:

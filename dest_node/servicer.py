@@ -17,11 +17,9 @@ import grpc
 import structlog
 
 from dest_node.intake import IntakeRefused, StreamEnd
+from dest_node.requests import check_open, check_prepare, key_of, line
 from host.errors import AgentError, AgentLost, HostError, JournalConflict
 from migration.errors import ProtocolError, RemoteProtocolError
-from migration.identity import AttemptKey
-from migration.pages import PAGE_BYTES
-from migration.partition import STREAMS_MAX
 from migration.pb import migration_pb2
 
 if TYPE_CHECKING:
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
     from dest_node.page_receiver import PageReceiver, PageStreamIn
 
 ACK_EVERY = 4  # a fourth of the source's window; an answer costs the interpreter about 0.1 ms
-INTEGRITY = ("full", "stream")
-MEMORY_BYTES_MAX = 1 << 46  # 64 TiB: a size beyond it is a mistake, not a guest
 
 log = structlog.get_logger()
 
@@ -50,25 +46,17 @@ class MigrationServicer:
     ) -> migration_pb2.OpenReply:
         """Reserve zeroed memory."""
         with answered(context):
-            if request.page_bytes != PAGE_BYTES:
-                raise RemoteProtocolError("page size differs", ours=PAGE_BYTES, theirs=request.page_bytes)
-            size = request.memory_bytes
-            if not 0 < size <= MEMORY_BYTES_MAX or size % PAGE_BYTES:
-                raise RemoteProtocolError("no guest has such a memory", memory_bytes=size)
-            if request.integrity not in INTEGRITY:
-                raise RemoteProtocolError("unknown integrity", integrity=request.integrity)
-            streams = request.streams or 1
-            if streams > STREAMS_MAX:
-                raise RemoteProtocolError("too many streams", streams=streams, streams_max=STREAMS_MAX)
-            self._arrivals.opened(key_of(request.id), context.peer())
+            check_open(request)
+            key = key_of(request.id)
             incarnation, stored_below = self._intake.open(
-                key_of(request.id),
-                size,
+                key,
+                request.memory_bytes,
                 request.integrity,
-                streams=streams,
+                streams=request.streams or 1,
                 resume=request.resume,
                 link_timeout_ms=request.link_timeout_ms,
             )
+            self._arrivals.opened(key, context.peer())
             return migration_pb2.OpenReply(
                 incarnation=incarnation, stored_below=stored_below if request.resume else ()
             )
@@ -78,6 +66,7 @@ class MigrationServicer:
     ) -> migration_pb2.PrepareReply:
         """Verify and restore."""
         with answered(context):
+            check_prepare(request)
             reply = self._intake.prepare(key_of(request.id), request)
             return migration_pb2.PrepareReply(
                 decision=decision(reply.answer.value), reason=reply.reason, verify_ns=self._intake.verify_ns
@@ -98,7 +87,7 @@ class MigrationServicer:
     ) -> migration_pb2.AbortReply:
         """Give up."""
         with answered(context):
-            reply = self._intake.abort(key_of(request.id), request.reason)
+            reply = self._intake.abort(key_of(request.id), line(request.reason))
             self._arrivals.answered("abort")
             return migration_pb2.AbortReply(decision=decision(reply.answer.value))
 
@@ -188,13 +177,6 @@ def _unary(method: Any, request: Any, reply: Any) -> Any:
     )
 
 
-def key_of(message: migration_pb2.AttemptId) -> AttemptKey:
-    """The key of a call; RemoteProtocolError when it names nothing."""
-    if not message.migration or not message.attempt:
-        raise RemoteProtocolError("a call without an attempt id")
-    return AttemptKey(message.migration, message.attempt, message.guest_epoch)
-
-
 def decision(value: int) -> Any:
     """The answer as the schema's enum; the numbers agree on purpose."""
     assert value in migration_pb2.Decision.values(), value
@@ -217,3 +199,5 @@ def answered(context: grpc.ServicerContext) -> Iterator[None]:
         abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
     except (AgentError, AgentLost, JournalConflict) as error:
         abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+    except OSError as error:
+        abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, f"this host cannot do it: {error}")

@@ -30,9 +30,11 @@ from host.local_guest import LocalGuest
 from host.node import NodeService
 from host.points import Points
 from host.process import configure_logging, die_with_parent, keep_large_blocks
+from host.refusals import CountRefusals
 from host.resources import ResourceMeter
 from host.roles import RoleRefused, load_role
 from host.tls import Trust, is_loopback
+from migration.partition import STREAMS_MAX
 from migration.pb import migration_pb2, node_pb2, node_pb2_grpc
 
 if TYPE_CHECKING:
@@ -41,8 +43,13 @@ if TYPE_CHECKING:
     from host.roles import Role
 
 CONTROL_THREADS = 16  # a Watch occupies one for as long as it lasts
-MIGRATION_THREADS = 8  # one page stream, its control calls, and those of an attempt that is being replaced
-MESSAGE_BYTES_MAX = 8 << 20  # a chunk is little over 1 MiB; expectations and artefacts come in pieces
+# Every page stream occupies one for as long as it lasts; the rest are for control calls, and for streams that end.
+MIGRATION_THREADS = STREAMS_MAX + 8
+CALLS_MAX = (
+    64  # under way or waiting for a thread, per server: beyond it a call is RESOURCE_EXHAUSTED at once
+)
+MESSAGE_BYTES_MAX = 8 << 20  # a chunk is little over 4 MiB; expectations and artefacts come in pieces
+HANDSHAKE_MS_MAX = 20_000  # a connection that says nothing is closed; gRPC's own patience is two minutes
 GRACE_S = 2.0
 KEEPALIVE_MS = 5_000  # as the source's channel has it
 
@@ -97,6 +104,8 @@ def server_options() -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
         ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
         ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", CALLS_MAX),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS_MAX),
     ]
 
 
@@ -137,13 +146,15 @@ def serve(options: argparse.Namespace, stop: threading.Event) -> None:
         )
         context.artefacts_dir.mkdir(parents=True, exist_ok=True)
         roles = [load_role(name, context) for name in options.role]
-        migration_server = make_server("migration", MIGRATION_THREADS, trust.hosts_only())
+        count = CountRefusals(context.refused, events)
+        migration_server = make_server("migration", MIGRATION_THREADS, [count, *trust.hosts_only()])
         for role in roles:
             role.register(migration_server)
             stack.callback(role.stop)
         migration_address = trust.bind(migration_server, options.migration_address)
         service = NodeService(context, roles, migration_address, stop)
-        control_server = make_server("control", CONTROL_THREADS, trust.control_only(options.control))
+        only_control = trust.control_only(options.control)
+        control_server = make_server("control", CONTROL_THREADS, [count, *only_control])
         control = trust.bind(control_server, options.control)
         add_services(control_server, service)
         stack.callback(lambda: control_server.stop(GRACE_S).wait())
@@ -180,7 +191,9 @@ def wind_up(context: HostContext, roles: Sequence[Role]) -> None:
 def make_server(name: str, threads: int, interceptors: list[grpc.ServerInterceptor]) -> grpc.Server:
     """One of the node's two, with its threads."""
     pool = futures.ThreadPoolExecutor(threads, name)
-    return grpc.server(pool, options=server_options(), interceptors=interceptors)
+    return grpc.server(
+        pool, options=server_options(), interceptors=interceptors, maximum_concurrent_rpcs=CALLS_MAX
+    )
 
 
 def tell_plain_text(events: EventLog, trust: Trust, *addresses: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from host.hint_relay import HintRelay
+from host.refusals import RefusedCalls
 from host.tls import PLAIN, Trust
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class HostContext:
     resources: ResourceMeter
     points: Points
     hints: HintRelay = field(default_factory=HintRelay)
+    refused: RefusedCalls = field(default_factory=RefusedCalls)
     trust: Trust = PLAIN  # whom this host talks to over TCP, and how
 
     @property

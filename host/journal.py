@@ -140,6 +140,17 @@ class Journal:
         with self._guard:
             return self._find(key, role, any_epoch=False)
 
+    def get_any_epoch(self, key: AttemptKey, role: Role) -> Entry | None:
+        """The entry of this migration's attempt, of whatever epoch: `begin` refuses another one beside it."""
+        with self._guard:
+            return self._find(key, role, any_epoch=True)
+
+    def count(self, role: Role) -> int:
+        """How many entries this role has."""
+        with self._guard:
+            found = self._database.execute("SELECT COUNT(*) FROM attempts WHERE role = ?", (role,)).fetchone()
+        return int(found[0])
+
     def newest(self, role: Role) -> Entry | None:
         """The entry that was begun last in this role."""
         found = self._select("WHERE role = ? ORDER BY rowid DESC LIMIT 1", (role,))

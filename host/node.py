@@ -54,6 +54,7 @@ class NodeService(node_pb2_grpc.NodeServicer):
             "cpus": os.cpu_count(),
             "versions": {name: version(name) for name in REPORTED_PACKAGES},
             "tracker": {"uffd": self._host.guest.write_protect_reason, "hash": ""},
+            "refused_calls": self._host.refused.counts(),
         }
         return node_pb2.DescribeReply(
             name=self._host.name,

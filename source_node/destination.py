@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from host.tls import PLAIN, Trust
+from migration.codec import INCARNATION_BYTES_MAX
 from migration.events import (
     Answer,
     CommitAnswered,
@@ -151,12 +152,18 @@ class Destination:
     # -- answers -------------------------------------------------------------------------------
 
     def _opened(self, reply: migration_pb2.OpenReply) -> SourceEvent:
+        if not 0 < len(reply.incarnation.encode()) <= INCARNATION_BYTES_MAX:
+            return PeerLost("the destination answered Open without a name of its memory")
         self.incarnation = reply.incarnation
         return DestinationOpened(reply.incarnation)
 
     def _resumed(self, reply: migration_pb2.OpenReply) -> SourceEvent:
         if reply.incarnation != self.incarnation:
             return PeerLost("the destination goes on with another memory than the one that was sent to")
+        if len(reply.stored_below) != self._opening.streams:
+            return PeerLost(
+                f"the destination resumed {len(reply.stored_below)} streams of {self._opening.streams}"
+            )
         return DestinationResumed(tuple(reply.stored_below))
 
     def _prepared(self, reply: migration_pb2.PrepareReply) -> SourceEvent:

@@ -20,6 +20,7 @@ from host.clock import now_ns
 from host.errors import JournalConflict
 from migration import commands as do
 from migration import events as told
+from migration.errors import RemoteProtocolError
 from migration.model import Conditions
 from migration.pages import PAGE_BYTES
 from migration.progress import Standing, outlook
@@ -132,6 +133,10 @@ class MigrationRun:
             self._feed(event)
         except (JournalConflict, sqlite3.Error):
             raise
+        except RemoteProtocolError as error:
+            if not self._machine.reversible:
+                raise
+            self._first.append(told.PeerLost(f"the destination broke the protocol: {error}"))
         except Exception as error:
             if not self._machine.reversible or isinstance(event, told.HostFailed):
                 raise

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 METHOD = "/ballast.v1.Migration/Pages"
 GRPC_PREFIX_BYTES = 5  # compressed flag and length before every gRPC message
+DETAILS_CHARACTERS_MAX = 300  # a peer's words in ours: one line that a person reads
 REPAIR_PAGES = 2048  # pages sent again go in pieces of a batch's size
 # The connection's end, as apart from an answer of the destination: only this may come back.
 LINK_CODES = frozenset({grpc.StatusCode.UNAVAILABLE})
@@ -327,7 +328,8 @@ def one_line(error: grpc.RpcError | grpc.Call) -> str:
     """Status and details of a failed call, as one line for a person."""
     # Every RpcError of a call that was made is its grpc.Call too; the type stubs do not say so.
     call = cast("Any", error)
-    return f"{call.code().name.lower().replace('_', ' ')}: {' '.join((call.details() or '').split())}"
+    words = " ".join((call.details() or "").split())[:DETAILS_CHARACTERS_MAX]
+    return f"{call.code().name.lower().replace('_', ' ')}: {words}"
 
 
 _NO_PFNS: U64Array = np.empty(0, np.uint64)

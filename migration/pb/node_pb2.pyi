@@ -48,7 +48,7 @@ class DescribeReply(_message.Message):
     migration_address: _builtins.str
     """host:port of the Migration service ("" without the dest role)"""
     facts_json: _builtins.str
-    """{"kernel":…, "python":…, "versions":{…}, "tracker":{"uffd": "" | reason, "hash": ""}}"""
+    """{"kernel":…, "python":…, "versions":{…}, "tracker":{"uffd": "" | reason, "hash": ""}, "refused_calls":{method:{kind:n}}}"""
     pid: _builtins.int
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
