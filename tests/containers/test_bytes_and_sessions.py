@@ -3,7 +3,7 @@
 import pytest
 
 from testbed.record import load
-from tests.containers.beds import left_in, tiny
+from tests.containers.beds import objects_of, tiny
 from tests.live.commands import Commands
 from tests.live.runs import perform
 
@@ -20,7 +20,7 @@ def test_without_offload_the_interfaces_count_what_a_cable_carries(tmp_path, eng
     assert abs(account.dest_received_bytes - account.wire_forward_bytes) < 0.01 * account.wire_forward_bytes
     headers = sum(layer.forward_bytes for layer in account.layers if layer.name.startswith(("TCP/IP", "Eth")))
     assert 0.04 < headers / account.wire_forward_bytes < 0.06
-    assert not left_in(engine, load(run.run_dir.path).manifest["run"])
+    assert not objects_of(engine, load(run.run_dir.path).manifest["run"])
 
 
 def test_a_session_by_hand_over_a_link_that_loses_packets(tmp_path, engine):
@@ -42,4 +42,4 @@ def test_a_session_by_hand_over_a_link_that_loses_packets(tmp_path, engine):
     assert back["result"]["verdict"] == "valid", back["result"]["reasons"]
     down = ballast.json("down", *mine)
     assert (down["exit_code"], down["legs"]) == (0, 2)
-    assert not left_in(engine, load(session).manifest["run"])
+    assert not objects_of(engine, load(session).manifest["run"])
