@@ -61,9 +61,10 @@ class MockBackend:
     def receive(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Take one message; its descriptors get new numbers. Raises as the session."""
         passed = tuple(self.fds_made + index for index in range(len(fds)))
+        message = decode(data, passed)  # descriptors of what is no message never reach the session
         self.fds_made += len(fds)
         self.open_fds |= set(passed)
-        self._execute(self.session.feed(decode(data, passed)))
+        self._execute(self.session.feed(message))
 
     def disconnect(self) -> None:
         """End the connection. Raises AssertionError when a descriptor is left."""
@@ -78,8 +79,8 @@ class MockBackend:
             elif isinstance(effect, StartRing):
                 self.rings[effect.index] = DeviceRing(self.memory, effect.layout, next_avail=effect.base)
             elif isinstance(effect, StopRing):
-                ring = self.rings.pop(effect.index)
-                if not self.session.failed:  # `disconnected` wants no answer
+                ring = self.rings.pop(effect.index, None)  # none where it lay in no guest's memory
+                if not self.session.failed and ring is not None:  # `disconnected` wants no answer
                     self._execute(self.session.ring_stopped(effect.index, ring.next_avail))
             elif isinstance(effect, MapRegion | BackendChannel):
                 self.open_fds.remove(effect.fd)

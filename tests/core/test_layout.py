@@ -30,7 +30,7 @@ GENERATED = ROOT / "migration" / "pb"
 
 FOLDERS = {*MAY_IMPORT, "proto", "deploy", "tests", "benchmarks", "docs", "scenarios"}
 LOCAL_FOLDERS = {"runs", "dist"}  # in .gitignore
-TEST_FOLDERS = {"core", "sim", "live", "containers", "interop"}
+TEST_FOLDERS = {"core", "fuzz", "sim", "live", "containers", "interop"}
 
 # Time, randomness, identity, threads and every way to the outside are passed in (DESIGN 3.1).
 FORBIDDEN_IN_CORES = {
