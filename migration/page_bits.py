@@ -28,7 +28,7 @@ PORTION_WORDS = 1 << 14  # 128 KiB: several of them stay in a core's own cache
 ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _BITS = np.arange(WORD_BITS, dtype=np.uint64)
 _ONE, _LAST = np.uint64(1), np.uint64(63)
-_RUNS_SLICED_MAX = 64  # up to here a slice a run beats a pass over the window
+_COUNTED_WORDS = 1 << 26  # as many words have bits that 32 bits can count, which is done in half the time
 
 
 class PageBits:
@@ -64,8 +64,11 @@ class PageBits:
         """Of runs in any order, which may overlap. Raises LocalProtocolError: one reaches beyond `pages`."""
         made = cls(pages)
         begin, end = merge_runs(first, count, pages=pages)
-        for window, cover in _covers_of(begin, end):
-            made.words[window] = cover
+        if begin.size and (((begin + 63) >> 6) >= end >> 6).all():  # scattered: none fills a word
+            _add_edges(made.words, begin, end)
+        else:
+            for window, cover in _covers_of(begin, end):
+                made.words[window] = cover
         made._count = int((end - begin).sum())
         return made
 
@@ -178,7 +181,7 @@ class PageBits:
 
 def popcount(words: U64Array) -> int:
     """Bits that are set."""
-    return int(np.bitwise_count(words).sum(dtype=np.int64))
+    return int(np.bitwise_count(words).sum(dtype=np.uint32 if words.size < _COUNTED_WORDS else np.int64))
 
 
 def pages_in(words: U64Array, word_first: int) -> U64Array:
@@ -227,19 +230,19 @@ def _covers_of(begin: I64Array, end: I64Array) -> Iterator[tuple[slice, U64Array
 
 def _cover(begin: I64Array, end: I64Array, words: int) -> U64Array:
     """Words of runs [begin, end) of bits, ascending, apart from each other, none empty."""
-    # Whole words: +1 where they begin, -1 where they end; no two of these fall on one word.
+    # Whole words; no two runs begin or end these at one word.
     first, last = (begin + 63) >> 6, end >> 6
     whole = first < last
-    if begin.size <= _RUNS_SLICED_MAX:
-        cover = np.zeros(words, np.uint64)
-        for start, stop in zip(first[whole].tolist(), last[whole].tolist(), strict=True):
-            cover[start:stop] = ALL
+    if whole.any():
+        first, last = first[whole], last[whole]
+        # Stretches of nothing and of everything in turn.
+        edges = np.empty(2 * first.size + 2, np.int64)
+        edges[0], edges[1:-1:2], edges[2:-1:2], edges[-1] = 0, first, last, words
+        values = np.zeros(edges.size - 1, np.uint64)
+        values[1::2] = ALL
+        cover: U64Array = np.repeat(values, np.diff(edges))
     else:
-        steps = np.zeros(words + 1, np.int8)
-        steps[first[whole]] = 1
-        steps[last[whole]] = -1
-        covered = np.cumsum(steps[:-1], dtype=np.int8)
-        cover = np.negative(covered.astype(np.int64)).view(np.uint64)
+        cover = np.zeros(words, np.uint64)
     ragged = (begin & 63 != 0) | (end & 63 != 0)
     if ragged.any():
         _add_edges(cover, begin[ragged], end[ragged])

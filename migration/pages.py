@@ -87,8 +87,10 @@ def merge_runs(
     begin, end = begin[full], end[full]
     if begin.size == 0:
         return begin, end
-    order = np.argsort(begin, kind="stable")
-    begin, reach = begin[order], np.maximum.accumulate(end[order])
+    if (begin[1:] < begin[:-1]).any():
+        order = np.argsort(begin, kind="stable")
+        begin, end = begin[order], end[order]
+    reach = np.maximum.accumulate(end)
     # A merged run starts where a run begins beyond everything before it.
     starts = np.concatenate(([0], np.flatnonzero(begin[1:] > reach[:-1]) + 1))
     return begin[starts], reach[np.append(starts[1:] - 1, begin.size - 1)]

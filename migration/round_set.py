@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Words looked at when pages run out: at most 256 Ki pages, 2 MiB of page numbers.
 AHEAD_WORDS = 1 << 12
-PENDING_RUNS_MAX = 1 << 20  # a guest that floods has its hints applied in between
+PENDING_RUNS_MAX = 1 << 20  # 16 bytes each; a guest that floods has its hints applied in between
 
 
 class RoundSet:
@@ -109,8 +109,9 @@ class RoundSet:
         count = np.concatenate([count for _, count in self._pending])
         self._pending, self._pending_runs = [], 0
         ledger, removed_before = self._ledger, self._ledger.skipped_pages
+        hinted_before = ledger.hinted_pages > 0
         for window, cover in covers(first, count, self.pages):
-            fresh = cover & ~self._hinted.words[window]
+            fresh = cover & ~self._hinted.words[window] if hinted_before else cover
             hinted = popcount(fresh)
             if not hinted:
                 continue
