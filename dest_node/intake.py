@@ -72,6 +72,7 @@ class Intake:
         self._asked = 1, "full", 0  # of that attempt: streams, integrity, link_timeout_ms
         self._prepare: migration_pb2.PrepareRequest | None = None
         self._restored = False
+        self._resolution = ""
         self._silence = threading.Timer(0.0, lambda: None)
         self._silence_s = SILENCE_S
         self._silence_mark: object = None
@@ -193,9 +194,10 @@ class Intake:
                 )
             )
 
-    def commit(self, key: AttemptKey, digest: int) -> do.Reply:
-        """The decision."""
+    def commit(self, key: AttemptKey, digest: int, resolution: str = "") -> do.Reply:
+        """The decision; `resolution` says why an operator makes it where the source cannot."""
         with self._lock:
+            self._resolution = resolution
             if key != self._machine.key and (answer := self._recorded(key)) is not None:
                 return answer
             return self._drive(told.CommitRequested(key, digest))
@@ -332,7 +334,7 @@ class Intake:
             assert self._prepare is not None, "PREPARED without a Prepare"
             journal.move(key, "dest", {"RECEIVING"}, state.value, digest=self._prepare.image_digest)
         elif state is told.Recorded.COMMITTED:
-            journal.move(key, "dest", {"PREPARED"}, state.value)
+            journal.move(key, "dest", {"PREPARED"}, state.value, detail=self._resolution)
         else:
             journal.move(key, "dest", {"RECEIVING", "PREPARED"}, state.value, detail=command.reason)
         return told.StateRecorded(state)

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from dest_node.arrivals import Arrivals
 from dest_node.intake import TAKE_OVER_S_MAX, Intake
 from dest_node.servicer import MigrationServicer, register
+from host.roles import RoleRefused
+from migration.errors import RemoteProtocolError
+from migration.events import Answer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 
     from host.agent_link import Hello
     from host.context import HostContext
+    from migration.identity import AttemptKey
 
 ARTEFACTS = ("dest_hashes",)
 
@@ -51,6 +55,22 @@ class DestRole:
     def stood_by(self) -> None:
         """Room for another guest."""
         self._intake.stood_by()
+
+    def resolve(self, key: AttemptKey, verdict: Answer, image_digest: int, reason: str) -> str:
+        """The source's last word, by an operator. Raises RoleRefused."""
+        if self._host.journal.get(key, "dest") is None:
+            raise RoleRefused(f"attempt {key} is not known here")
+        try:
+            if verdict is Answer.COMMITTED:
+                reply = self._intake.commit(key, image_digest, reason)
+            else:
+                reply = self._intake.abort(key, reason)
+        except RemoteProtocolError as error:
+            raise RoleRefused(str(error)) from error
+        if reply.answer is not verdict:
+            raise RoleRefused(f"attempt {key} is {reply.answer.name} here: {reply.reason}".rstrip(": "))
+        entry = self._host.journal.get(key, "dest")
+        return entry.state if entry is not None else ""
 
     def artefact(self, name: str) -> Path | None:
         """Files that a completed migration left."""

@@ -19,6 +19,7 @@ import sqlite3
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from host.errors import JournalConflict, JournalLocked
@@ -26,9 +27,8 @@ from migration.identity import AttemptKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
-    from pathlib import Path
 
-__all__ = ["FINAL_STATES", "AttemptKey", "Entry", "Journal", "Role"]
+__all__ = ["FINAL_STATES", "AttemptKey", "Entry", "Journal", "Role", "read_entries"]
 
 Role = Literal["source", "dest"]
 
@@ -196,6 +196,24 @@ class Journal:
         with self._guard:
             rows = self._database.execute(f"{_SELECT} {clause}", values).fetchall()
         return [_entry(row) for row in rows]
+
+
+def read_entries(path: str | Path, role: Role) -> list[Entry]:
+    """All entries of this role, oldest first, of a journal that another process may have open. Changes nothing.
+
+    Raises:
+        OSError: there is no such file, or it is no journal.
+    """
+    uri = f"{Path(path).resolve().as_uri()}?mode=ro"
+    try:
+        database = sqlite3.connect(uri, uri=True)
+        try:
+            rows = database.execute(f"{_SELECT} WHERE role = ? ORDER BY rowid", (role,)).fetchall()
+        finally:
+            database.close()
+    except sqlite3.Error as error:
+        raise OSError(f"{path}: cannot be read as a journal: {error}") from error
+    return [_entry(row) for row in rows]
 
 
 def _lock(path: str) -> int:

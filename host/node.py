@@ -19,7 +19,9 @@ import grpc
 
 from host.balloon_server import STATS_S_MAX
 from host.errors import AgentError, AgentLost, DeviceNotReady
-from host.roles import GivesGuestsAway, RoleRefused
+from host.roles import GivesGuestsAway, Resolves, RoleRefused
+from migration.events import Answer
+from migration.identity import AttemptKey
 from migration.pb import node_pb2, node_pb2_grpc
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from host.roles import Role
 
 PIECE_BYTES = 1 << 20
+VERDICTS = ("COMMITTED", "ABORTED")
 REPORTED_PACKAGES = ("ballast", "grpcio", "protobuf", "numpy", "xxhash")
 
 
@@ -182,6 +185,20 @@ class NodeService(node_pb2_grpc.NodeServicer):
         with told(context):
             effective, phase = role.cancel(request.reason)
         return node_pb2.CancelReply(effective=effective, phase=phase)
+
+    def Resolve(  # noqa: N802
+        self, request: node_pb2.ResolveRequest, context: grpc.ServicerContext
+    ) -> node_pb2.ResolveReply:
+        """An operator's word, which the role holds against its journal."""
+        found = [role for role in self._roles if isinstance(role, Resolves) and role.name == request.role]
+        with told(context):
+            if not found or request.verdict not in VERDICTS:
+                raise ValueError(f"no role {request.role!r} with a verdict {request.verdict!r} here")
+            key = AttemptKey(request.migration, request.attempt, request.guest_epoch)
+            verdict = Answer[request.verdict]
+            state = found[0].resolve(key, verdict, request.image_digest, request.reason)
+        self._host.events.add("resolved", attempt=str(key), verdict=request.verdict, reason=request.reason)
+        return node_pb2.ResolveReply(state=state)
 
     def MeasureDirtyRate(  # noqa: N802
         self, request: node_pb2.DirtyRateRequest, context: grpc.ServicerContext

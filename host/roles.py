@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from host.agent_link import Hello
     from host.context import HostContext
+    from migration.events import Answer
+    from migration.identity import AttemptKey
     from migration.pb import node_pb2
 
 ENTRY_POINT_GROUP = "ballast.roles"
@@ -73,6 +75,20 @@ class GivesGuestsAway(Protocol):
 
     def measure_dirty_rate(self, period_ms: int, periods: int) -> node_pb2.DirtyRateReply:
         """See the schema; raises RoleRefused or ValueError (a bad field)."""
+
+
+@runtime_checkable
+class Resolves(Protocol):
+    """The face of a role whose attempts may wait for a peer that never returns."""
+
+    name: str
+
+    def resolve(self, key: AttemptKey, verdict: Answer, image_digest: int, reason: str) -> str:
+        """Have the attempt end so, on an operator's word; the state that the journal has then.
+
+        Raises:
+            RoleRefused: this host's journal or state does not allow it.
+        """
 
 
 def load_role(name: str, context: HostContext) -> Role:

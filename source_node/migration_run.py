@@ -26,6 +26,7 @@ from migration.pages import PAGE_BYTES
 from migration.progress import Standing, outlook
 from migration.source_machine import SourceMachine
 from migration.source_phases import SourcePhase
+from source_node.farewells import mark
 from source_node.shell import SourceShell, hints_reported
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ log = structlog.get_logger()
 class MigrationRun:
     """Begins with `start`; ends with the event migration_ended."""
 
-    def __init__(self, host: HostContext, order: Order) -> None:
+    def __init__(self, host: HostContext, order: Order, on_unheard: Callable[[], None]) -> None:
         self.order = order
+        self._on_unheard = on_unheard  # called when the destination did not hear how it ended
         self._host = host
         self._machine = SourceMachine()
         self._events: queue.SimpleQueue[told.SourceEvent] = queue.SimpleQueue()
@@ -90,6 +92,13 @@ class MigrationRun:
         phase = self._machine.phase
         self._events.put(told.CancelRequested(reason))
         return self._machine.reversible, phase.name
+
+    def resolve(self, answer: told.Answer, reason: str) -> bool:
+        """What the destination can never answer, said by an operator; False when nobody waits for it now."""
+        if self._machine.phase is not SourcePhase.COMMITTING:
+            return False
+        self._events.put(told.CommitAnswered(answer, reason))
+        return True
 
     def _on_hints(self, batch: HintBatch) -> None:
         self._events.put(hints_reported(batch))
@@ -241,6 +250,12 @@ class MigrationRun:
             missing=missing,
             engine={"tracker": self.order.tracker, "tracker_reason": self.order.tracker_reason},
         )
+        try:
+            mark(host, self.order.key, told=True, heard=shell.heard)
+        except (JournalConflict, sqlite3.Error):  # told once more, by the next process
+            log.exception("end_not_marked")
+        if not shell.heard:
+            self._on_unheard()
 
 
 def _or_missing(what: str, take: Callable[[], Any], missing: list[str]) -> Any:

@@ -39,7 +39,7 @@ class Order:
 
     @property
     def peer(self) -> str:
-        """The destination as the journal keeps it: its address, and the name of its certificate if it has one."""
+        """The destination as AttemptNote keeps it: its address, and the name of its certificate if it has one."""
         return f"{self.dest_address} {self.dest_server_name}".rstrip()
 
 

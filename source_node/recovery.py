@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from source_node.attempt_note import AttemptNote
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from host.journal import Entry
 
 GIVEN_AWAY = frozenset({"COMMITTING", "COMPLETED"})
+ENDED = frozenset({"ABORTED", "COMPLETED"})
 
 
 def to_take_up(entries: Sequence[Entry]) -> Entry | None:
@@ -32,3 +35,11 @@ def turned_back(entries: Sequence[Entry], guest_epoch: int) -> Entry | None:
     """The newest attempt on the guest of this epoch, if it was aborted: the guest is ours and may run."""
     newest = next((entry for entry in reversed(entries) if entry.key.guest_epoch == guest_epoch), None)
     return newest if newest is not None and newest.state == "ABORTED" else None
+
+
+def untold(entries: Sequence[Entry]) -> Entry | None:
+    """The newest attempt, if it has an outcome that its process did not live to tell."""
+    newest = entries[-1] if entries else None
+    if newest is None or newest.state not in ENDED or AttemptNote.read(newest.detail).told:
+        return None
+    return newest

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 from host.dirty_rate import check_periods
 from host.roles import RoleRefused
 from host.trackers import choose
-from migration.events import Skip
+from migration.events import Answer, Skip
 from migration.identity import AttemptKey
 from migration.partition import STREAMS_MAX
 from migration.rounds import Limits
-from source_node.destination import Destination
+from source_node.aftermath import tell_end
+from source_node.attempt_note import AttemptNote
 from source_node.dirty_rate import measured_dirty_rate
+from source_node.farewells import Farewells
 from source_node.migration_run import MigrationRun
 from source_node.order import Order, compression_of, limits_of
 from source_node.page_stream import default_streams
-from source_node.recovery import given_away_by, to_take_up, turned_back
+from source_node.recovery import given_away_by, to_take_up, turned_back, untold
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,9 +50,7 @@ class SourceRole:
         self._run: MigrationRun | None = None
         self._measuring = False  # the dirty log is read by somebody else than a migration
         self._stopping = threading.Event()
-        self._burned: list[
-            tuple[AttemptKey, str]
-        ] = []  # aborted by a restart; their destinations do not know yet
+        self._farewells = Farewells(host)
 
     def register(self, server: grpc.Server) -> None:
         """A source serves nothing to its peer: it only calls."""
@@ -60,8 +60,8 @@ class SourceRole:
         for entry in self._host.journal.unfinished("source"):
             if entry.state != "COMMITTING":
                 why = "the source node restarted"
-                self._host.journal.move(entry.key, "source", {entry.state}, "ABORTED", detail=why)
-                self._burned.append((entry.key, entry.detail))
+                note = AttemptNote.read(entry.detail).ended(why)
+                self._host.journal.move(entry.key, "source", {entry.state}, "ABORTED", detail=note.text)
                 self._host.events.add("attempt_aborted", attempt=str(entry.key), reason=why)
 
     def recover_guest(self) -> None:
@@ -69,7 +69,7 @@ class SourceRole:
         entries, guest = self._host.journal.entries("source"), self._host.guest
         pending = to_take_up(entries)
         if pending is not None and pending.digest is not None:
-            self._take_up(pending.key, pending.detail, pending.digest)
+            self._take_up(pending.key, AttemptNote.read(pending.detail), pending.digest)
         elif entries:
             hello = guest.hello()
             if (entry := turned_back(entries, hello.guest_epoch)) is not None:
@@ -79,13 +79,9 @@ class SourceRole:
                     guest.link.resume(hello.guest_epoch)
                     self._host.events.add("guest_resumed", attempt=str(entry.key))
                 self._host.balloon.hints_done()
-        for key, detail in self._burned:
-            address, server_name = _peer_in(detail)
-            peer = Destination(address, key, lambda _: None, server_name=server_name, trust=self._host.trust)
-            if problem := peer.abort("the source node restarted"):
-                self._host.events.add("abort_unheard", reason=problem)
-            peer.close()
-        self._burned.clear()
+            if (unsaid := untold(entries)) is not None:
+                tell_end(self._host, unsaid, hello)
+        self._farewells.begin()
 
     def why_not_resume(self) -> str:
         """The guest's fate is a migration's while one is under way, and the destination's after COMMITTING."""
@@ -110,8 +106,8 @@ class SourceRole:
         with self._lock:
             self._run = None
 
-    def _take_up(self, key: AttemptKey, detail: str, image_digest: int) -> None:
-        address, server_name = _peer_in(detail)
+    def _take_up(self, key: AttemptKey, note: AttemptNote, image_digest: int) -> None:
+        address, server_name = note.address
         order = Order(
             key=key,
             dest_address=address,
@@ -124,7 +120,7 @@ class SourceRole:
             limits=Limits(),
         )
         with self._lock:
-            self._run = MigrationRun(self._host, order)
+            self._run = MigrationRun(self._host, order, self._farewells.begin)
             self._run.take_up(image_digest)
 
     def start_migration(self, request: node_pb2.MigrateRequest) -> None:
@@ -138,7 +134,7 @@ class SourceRole:
         order = self._order(request)
         with self._lock:
             self._require_idle()
-            self._run = MigrationRun(self._host, order)
+            self._run = MigrationRun(self._host, order, self._farewells.begin)
             self._run.start()
 
     def cancel(self, reason: str) -> tuple[bool, str]:
@@ -147,6 +143,24 @@ class SourceRole:
             if self._run is None or self._run.ended:
                 raise RoleRefused("no migration is under way")
             return self._run.cancel(reason or "cancelled by request")
+
+    def resolve(self, key: AttemptKey, verdict: Answer, image_digest: int, reason: str) -> str:
+        """The destination's answer, by an operator: only for an attempt that waits for it. Raises RoleRefused."""
+        entry = self._host.journal.get(key, "source")
+        wanted = "COMPLETED" if verdict is Answer.COMMITTED else "ABORTED"
+        if entry is None:
+            raise RoleRefused(f"attempt {key} is not known here")
+        if entry.state == wanted:
+            return wanted
+        with self._lock:
+            run = self._run
+        if entry.state != "COMMITTING" or run is None or run.order.key != key:
+            raise RoleRefused(f"attempt {key} is {entry.state} here, and waits for nobody's answer")
+        if not run.resolve(verdict, reason):
+            raise RoleRefused(f"attempt {key} is just being recorded: ask again")
+        run.join(STOP_TIMEOUT_S)
+        resolved = self._host.journal.get(key, "source")
+        return resolved.state if resolved is not None else ""
 
     def measure_dirty_rate(self, period_ms: int, periods: int) -> node_pb2.DirtyRateReply:
         """How fast the running guest dirties memory. No migration may begin meanwhile: there is one dirty log.
@@ -193,6 +207,7 @@ class SourceRole:
         if run is not None:
             run.cancel("the source node is stopping")
             run.join(STOP_TIMEOUT_S)
+        self._farewells.stop(STOP_TIMEOUT_S)
 
     def _order(self, request: node_pb2.MigrateRequest) -> Order:
         hello, guest = self._running_guest(), self._host.guest
@@ -233,12 +248,6 @@ class SourceRole:
             delta_cache_bytes=request.delta_cache_bytes,
             limits=limits,
         )
-
-
-def _peer_in(detail: str) -> tuple[str, str]:
-    """(address, server name) as Order.peer wrote them."""
-    address, _, server_name = detail.partition(" ")
-    return address, server_name
 
 
 def _streams(requested: int) -> int:

@@ -27,6 +27,7 @@ from migration.pb import migration_pb2
 from migration.source_phases import SourcePhase
 from source_node.accounting import Stopwatch
 from source_node.artefacts import write_artefacts
+from source_node.attempt_note import AttemptNote
 from source_node.destination import Destination, id_message
 from source_node.hint_log import HintLog
 from source_node.hint_rule import SafeRule, UnsafeClearDirtyLogAtHint
@@ -71,6 +72,7 @@ class SourceShell:
         self.stream: PageStream | None = None
         self.outcome: do.EndMigration | None = None
         self.artefacts: list[str] = []
+        self.heard = True  # whether the destination, if there is one, knows the outcome
         self._host = host
         self._order = order
         self._machine = machine
@@ -214,6 +216,7 @@ class SourceShell:
                 self._abandon(reason)
             case do.ForgetDestination():
                 if problem := self._peer.forget():
+                    self.heard = False
                     self._host.events.add("forget_unheard", reason=problem)
             case do.Note(name, fields):
                 self._note(name, fields)
@@ -224,17 +227,17 @@ class SourceShell:
 
     def _record(self, command: do.RecordState) -> None:
         journal, key, state = self._host.journal, command.key, command.state
+        detail = AttemptNote(self._order.peer, command.reason).text
         if state is told.Recorded.STARTED:
-            journal.begin(key, "source", state.value, detail=self._order.peer)
+            journal.begin(key, "source", state.value, detail=detail)
         elif state is told.Recorded.COMPLETED:
-            journal.move(key, "source", {"COMMITTING"}, state.value, detail=command.reason)
+            journal.move(key, "source", {"COMMITTING"}, state.value, detail=detail)
         elif state is told.Recorded.COMMITTING:
             self.watch.passed("prepare", now_ns())
             digest = self._prepare.image_digest
-            detail = self._order.peer
             journal.move(key, "source", {"STARTED"}, state.value, digest=digest, detail=detail)
         else:
-            journal.move(key, "source", {"STARTED", "COMMITTING"}, state.value, detail=command.reason)
+            journal.move(key, "source", {"STARTED", "COMMITTING"}, state.value, detail=detail)
         self._post(told.StateRecorded(state))
 
     def _open(self, key: AttemptKey) -> None:
@@ -392,6 +395,7 @@ class SourceShell:
         if self.stream is not None:
             self.stream.cancel()
         if self._destination is not None and (problem := self._destination.abort(reason)):
+            self.heard = False
             self._host.events.add("abort_unheard", reason=problem)
 
     def _note(self, name: str, fields: dict[str, object]) -> None:

@@ -20,6 +20,7 @@ from testbed.faults.errors import FaultError
 from testbed.faults.fault import Applied, Fault, Target, apply, parse_fault, ports_of
 from testbed.hosts.port import SHORT_NAMES
 from testbed.leg_keys import ORIGINS, Leg
+from testbed.resolve import resolve
 from testbed.run_dir import write_json
 from testbed.scenario import Scenario
 from testbed.scenario_file import set_key, split_override, validate
@@ -103,6 +104,22 @@ class ByHand:
             "cancel_asked", reason="cancelled by the user", effective=reply.effective, phase=reply.phase
         )
         return {"effective": reply.effective, "phase": reply.phase}
+
+    def resolve(self, dead: str, fenced: str) -> dict[str, Any]:
+        """Ends an attempt whose other side will never return. Raises UsageError, RunBrokenError."""
+        if dead not in ("source", "dest"):
+            raise UsageError(f"--dead {dead!r}: source or dest, of the newest migration")
+        if not self._legs:
+            raise UsageError("no migration was made in this session: there is nothing to resolve")
+        session = self._session
+        giver, taker = session.parties
+        done = resolve(
+            session.run_dir, giver, taker, dead="source" if dead == "source" else "dest", fenced=fenced
+        )
+        session.history.note("resolved_by_hand", dead=dead, fenced=fenced, **done)
+        if dead == "source" and done["verdict"] == "COMMITTED":
+            session.moved(taker.origin)
+        return {"session": str(session.run_dir.path), "dead": dead, **done}
 
     def last_look(self) -> None:
         """Before the end: the guest checks itself where it is; that it cannot is told, and judged."""

@@ -1,4 +1,4 @@
-"""The commands of a session by hand: up, migrate, fault, status, down.
+"""The commands of a session by hand: up, migrate, fault, status, resolve, down.
 
 Rule 1: as in cli.py: arguments in, one function of another module, tables or one JSON object out.
 Rule 2: nothing is kept here between two commands: the session's keeper has everything (standing.py).
@@ -38,7 +38,7 @@ fault_app = typer.Typer(
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to `ballast`."""
-    for command in (up, migrate, status, down):
+    for command in (up, migrate, status, resolve, down):
         app.command()(command)
     app.add_typer(fault_app, name="fault")
 
@@ -185,6 +185,33 @@ def status(*, session_dir: SessionDir = None, as_json: Json = False) -> None:
             _print_json({"schema": 1, **seen})
         else:
             _print(status_table(seen))
+
+
+def resolve(
+    session_dir: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Run directory of the session, as `ballast up` told it.")
+    ],
+    *,
+    dead: Annotated[
+        str,
+        typer.Option("--dead", metavar="source|dest", help="Who will never return, of the newest migration."),
+    ],
+    fenced: Annotated[
+        str,
+        typer.Option(
+            "--fenced",
+            metavar="REASON",
+            help="Why it is certain that a dead destination's guest does not run, where its journal cannot be had.",
+        ),
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """End a migration whose other side will never return, where the journals prove it safe; refused otherwise."""
+    answer = _asked(session_dir, {"command": "resolve", "dead": dead, "fenced": fenced}, as_json=as_json)
+    if not as_json:
+        typer.echo(
+            f"attempt {answer['attempt']} is {answer['state']} at host {answer['host']}: {answer['reason']}"
+        )
 
 
 def down(*, session_dir: SessionDir = None, as_json: Json = False) -> None:

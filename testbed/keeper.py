@@ -155,7 +155,7 @@ class Keeper:
             voice.refuse(UsageError(f"the request is not understood: {type(error).__name__}: {error}"))
         connection.close()
 
-    def _carry_out(
+    def _carry_out(  # noqa: PLR0911 - one answer a command
         self, command: str, request: dict[str, Any], voice: Voice, hands: ByHand
     ) -> dict[str, Any] | None:
         match command:
@@ -172,6 +172,8 @@ class Keeper:
                         self._voices.remove(voice)
             case "cancel":
                 return hands.cancel()
+            case "resolve":
+                return hands.resolve(request["dead"], request["fenced"])
             case "fault_add":
                 return hands.add_fault(request["kind"], request["parameters"])
             case "fault_heal":

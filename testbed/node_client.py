@@ -127,6 +127,10 @@ class NodeClient:
         request = node_pb2.CancelRequest(reason=reason)
         return self._call("Cancel", lambda: self._stub.Cancel(request, timeout=CALL_S))
 
+    def resolve(self, request: node_pb2.ResolveRequest) -> str:
+        """An operator's word about an attempt; the state that the node's journal has then."""
+        return self._call("Resolve", lambda: self._stub.Resolve(request, timeout=CALL_S)).state
+
     def arm_point(self, point: str, hold_ms_max: int) -> None:
         """Holds the node when it reaches a point (host/points.py); the event is point_reached."""
         request = node_pb2.ArmPointRequest(point=point, hold_ms_max=hold_ms_max)

@@ -68,6 +68,11 @@ class RunRecord:
         return self.last("migration_ended", "source")
 
     @property
+    def lost(self) -> Event | None:
+        """That the guest died where it had been handed over to, if it did: its process there was the only one."""
+        return self.last("guest_lost", "testbed")
+
+    @property
     def attempt_begins_ns(self) -> int:
         """When the last attempt was asked for; 0 when none was."""
         requested = self.last("migration_requested", "testbed")
@@ -82,13 +87,13 @@ class RunRecord:
     def outcome(self) -> str:
         """What became of the migration: "failed" when nobody could say, "cancelled" when it was not begun."""
         if self.ended is not None:
-            return str(self.ended.fields["outcome"])
+            return "guest_lost" if self.lost is not None else str(self.ended.fields["outcome"])
         return "failed" if self.last("run_cut_short") is None else "cancelled"
 
     @property
     def outcome_reason(self) -> str:
         """Why, in one line; empty when all went well."""
-        told = (self.ended, self.last("run_broken"), self.last("run_cut_short"))
+        told = (self.ended, self.lost, self.last("run_broken"), self.last("run_cut_short"))
         reasons = [str(event.fields.get("reason") or "") for event in told if event is not None]
         if not reasons:
             return "the record ends without an outcome"

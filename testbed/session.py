@@ -106,10 +106,19 @@ class Session:
         """The host that the guest is on, as far as is known."""
         return self._here
 
+    @property
+    def parties(self) -> tuple[Host, Host]:
+        """Who gives the guest and who takes it, in the newest leg."""
+        return self._giver, self._taker
+
+    def moved(self, origin: Origin) -> None:
+        """The guest is there: an operator said so, and the node agreed."""
+        self._here = origin
+
     def go_on(self) -> None:
         """The guest, which was checked, runs on where the last leg left it; where it came from is room again."""
         left, self._giver = self._giver, self._hosts.hosts[self._here]
-        if left is not self._giver:
+        if left is not self._giver and left.agent.alive:  # a dead agent holds nothing that could be let go of
             left.client.stand_by(STAND_BY_S)
         self._giver.client.resume_guest()
 
@@ -120,8 +129,17 @@ class Session:
         self._taker = next(host for host in self._hosts.hosts.values() if host is not owner)
         self._check_where_it_is(owner)
 
-    def make_leg(self, number: int, leg: Leg, *, expect: str = "") -> str:
-        """One migration, and everything that is kept of it; its outcome. Raises as `run`."""
+    def expect_back(self, processes: frozenset[str]) -> None:
+        """These may end: whoever ends them starts them again, or means it."""
+        self._restarted |= processes
+
+    def make_leg(
+        self, number: int, leg: Leg, *, expect: str = "", meanwhile: Callable[[], None] = lambda: None
+    ) -> str:
+        """One migration, and everything that is kept of it; its outcome. Raises as `run`.
+
+        `meanwhile` is called when the outcome is known, before anybody looks at the hosts.
+        """
         self._taker = self._hosts.hosts[ORIGINS[leg.to]]
         if self._scenario.leg:
             parties = {"giver": self._giver.origin, "taker": self._taker.origin}
@@ -130,11 +148,14 @@ class Session:
         self._interrupt.pause(settle_ms / 1000)
         self._unless_interrupted()
         ended = self._migrate(number, leg)
+        meanwhile()
         outcome = str(ended.fields["outcome"])
+        if outcome == "completed" and self._died_after_commit():
+            outcome = "guest_lost"
         owner = self._owner_after(outcome)
         if owner is not None:
             self._check_where_it_is(owner)
-        self._collect(number, leg, ended)
+        self._collect(number, leg, ended, outcome)
         self._note_final_states()
         self._hosts.collect()
         sizes = self._oracle.leg_ended(self._giver.origin, self._taker.origin)
@@ -243,6 +264,20 @@ class Session:
         self._ran = self._history.having("guest_running")
         return self._taker
 
+    def _died_after_commit(self) -> bool:
+        """Whether the guest was handed over, and its process there has ended since: there is no other."""
+        origin = self._taker.origin
+        running, lost = partial(_is_new, "guest_running", origin, self._ran), f"{origin}-agent"
+
+        def known(event: Event) -> bool:
+            return running(event) or (event.name == "process_ended" and event.fields["process"] == lost)
+
+        self._history.wait_for(known, RUNNING_S)
+        if self._taker.agent.alive:
+            return False
+        self._history.note("guest_lost", host=origin, reason=f"the {origin} agent died with the guest")
+        return True
+
     def _check_where_it_is(self, owner: Host) -> None:
         self._interrupt.pause_unless_hurried(self._scenario.run.run_on / 1000)
         self._note_guest(owner, "guest_ran_on")
@@ -259,14 +294,20 @@ class Session:
             expected_items=len(expected) // RECORD_BYTES,
         )
 
-    def _collect(self, number: int, leg: Leg, ended: Event) -> None:
+    def _collect(self, number: int, leg: Leg, ended: Event, outcome: str) -> None:
         wanted = [(self._giver, str(name)) for name in ended.fields.get("artefacts", ())]
-        verified = ended.fields["outcome"] in ("completed", "rehearsal")
+        verified = outcome in ("completed", "rehearsal")
         if verified and leg.integrity == "full":
             wanted.append((self._taker, "dest_hashes"))
         for host, name in wanted:
             kept = artefact_name(name, number if self._scenario.leg else 0)
-            host.client.save_artefact(name, self._run_dir.artefact(kept), ARTEFACT_S)
+            try:
+                host.client.save_artefact(name, self._run_dir.artefact(kept), ARTEFACT_S)
+            except RunBrokenError as error:
+                if host.node.name not in self._restarted:
+                    raise
+                # What it had read back died with the process that a fault killed: a judge sees that it is gone.
+                self._history.note("artefact_missing", host=host.origin, artefact=name, reason=str(error))
 
     def _note_final_states(self) -> None:
         for host in self._hosts.hosts.values():

@@ -591,6 +591,66 @@ class CancelReply(_message.Message):
 Global___CancelReply: _TypeAlias = CancelReply  # noqa: Y015
 
 @_typing.final
+class ResolveRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    GUEST_EPOCH_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    IMAGE_DIGEST_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    migration: _builtins.str
+    attempt: _builtins.int
+    guest_epoch: _builtins.int
+    role: _builtins.str
+    """of this host in the attempt: source | dest"""
+    verdict: _builtins.str
+    """COMMITTED | ABORTED"""
+    image_digest: _builtins.int
+    """to commit: the image that the source's journal names"""
+    reason: _builtins.str
+    """kept in the journal"""
+    def __init__(
+        self,
+        *,
+        migration: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        guest_epoch: _builtins.int = ...,
+        role: _builtins.str = ...,
+        verdict: _builtins.str = ...,
+        image_digest: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "guest_epoch", b"guest_epoch", "image_digest", b"image_digest", "migration", b"migration", "reason", b"reason", "role", b"role", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveRequest: _TypeAlias = ResolveRequest  # noqa: Y015
+
+@_typing.final
+class ResolveReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    state: _builtins.str
+    def __init__(
+        self,
+        *,
+        state: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveReply: _TypeAlias = ResolveReply  # noqa: Y015
+
+@_typing.final
 class DirtyRateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

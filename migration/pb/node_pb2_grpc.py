@@ -89,6 +89,11 @@ class NodeStub:
                 request_serializer=migration_dot_pb_dot_node__pb2.CancelRequest.SerializeToString,
                 response_deserializer=migration_dot_pb_dot_node__pb2.CancelReply.FromString,
                 _registered_method=True)
+        self.Resolve = channel.unary_unary(
+                '/ballast.v1.Node/Resolve',
+                request_serializer=migration_dot_pb_dot_node__pb2.ResolveRequest.SerializeToString,
+                response_deserializer=migration_dot_pb_dot_node__pb2.ResolveReply.FromString,
+                _registered_method=True)
         self.MeasureDirtyRate = channel.unary_unary(
                 '/ballast.v1.Node/MeasureDirtyRate',
                 request_serializer=migration_dot_pb_dot_node__pb2.DirtyRateRequest.SerializeToString,
@@ -195,6 +200,14 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resolve(self, request, context):
+        """An operator's word about an attempt whose other side will never return (docs/safety.md). Refused unless this host's
+        own journal and state allow the verdict; idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def MeasureDirtyRate(self, request, context):
         """How fast the running guest dirties memory, from its dirty log. Refused while a migration is under way.
         """
@@ -287,6 +300,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=migration_dot_pb_dot_node__pb2.CancelRequest.FromString,
                     response_serializer=migration_dot_pb_dot_node__pb2.CancelReply.SerializeToString,
+            ),
+            'Resolve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resolve,
+                    request_deserializer=migration_dot_pb_dot_node__pb2.ResolveRequest.FromString,
+                    response_serializer=migration_dot_pb_dot_node__pb2.ResolveReply.SerializeToString,
             ),
             'MeasureDirtyRate': grpc.unary_unary_rpc_method_handler(
                     servicer.MeasureDirtyRate,
@@ -611,6 +629,33 @@ class Node:
             '/ballast.v1.Node/Cancel',
             migration_dot_pb_dot_node__pb2.CancelRequest.SerializeToString,
             migration_dot_pb_dot_node__pb2.CancelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resolve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ballast.v1.Node/Resolve',
+            migration_dot_pb_dot_node__pb2.ResolveRequest.SerializeToString,
+            migration_dot_pb_dot_node__pb2.ResolveReply.FromString,
             options,
             channel_credentials,
             insecure,

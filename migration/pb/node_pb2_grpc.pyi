@@ -55,6 +55,10 @@ class NodeStub:
     """Source role: starts a migration and returns at once; the outcome is the event "migration_ended"."""
     Cancel: _grpc.UnaryUnaryMultiCallable[_node_pb2.CancelRequest, _node_pb2.CancelReply]
     """Source role: asks the running migration to stop. Effective until COMMITTING."""
+    Resolve: _grpc.UnaryUnaryMultiCallable[_node_pb2.ResolveRequest, _node_pb2.ResolveReply]
+    """An operator's word about an attempt whose other side will never return (docs/safety.md). Refused unless this host's
+    own journal and state allow the verdict; idempotent.
+    """
     MeasureDirtyRate: _grpc.UnaryUnaryMultiCallable[_node_pb2.DirtyRateRequest, _node_pb2.DirtyRateReply]
     """How fast the running guest dirties memory, from its dirty log. Refused while a migration is under way."""
     ArmPoint: _grpc.UnaryUnaryMultiCallable[_node_pb2.ArmPointRequest, _node_pb2.ArmPointReply]
@@ -92,6 +96,10 @@ class NodeAsyncStub(NodeStub):
     """Source role: starts a migration and returns at once; the outcome is the event "migration_ended"."""
     Cancel: _aio.UnaryUnaryMultiCallable[_node_pb2.CancelRequest, _node_pb2.CancelReply]  # type: ignore[assignment]
     """Source role: asks the running migration to stop. Effective until COMMITTING."""
+    Resolve: _aio.UnaryUnaryMultiCallable[_node_pb2.ResolveRequest, _node_pb2.ResolveReply]  # type: ignore[assignment]
+    """An operator's word about an attempt whose other side will never return (docs/safety.md). Refused unless this host's
+    own journal and state allow the verdict; idempotent.
+    """
     MeasureDirtyRate: _aio.UnaryUnaryMultiCallable[_node_pb2.DirtyRateRequest, _node_pb2.DirtyRateReply]  # type: ignore[assignment]
     """How fast the running guest dirties memory, from its dirty log. Refused while a migration is under way."""
     ArmPoint: _aio.UnaryUnaryMultiCallable[_node_pb2.ArmPointRequest, _node_pb2.ArmPointReply]  # type: ignore[assignment]
@@ -192,6 +200,16 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.CancelReply, _abc.Awaitable[_node_pb2.CancelReply]]:
         """Source role: asks the running migration to stop. Effective until COMMITTING."""
+
+    @_abc_1.abstractmethod
+    def Resolve(
+        self,
+        request: _node_pb2.ResolveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.ResolveReply, _abc.Awaitable[_node_pb2.ResolveReply]]:
+        """An operator's word about an attempt whose other side will never return (docs/safety.md). Refused unless this host's
+        own journal and state allow the verdict; idempotent.
+        """
 
     @_abc_1.abstractmethod
     def MeasureDirtyRate(

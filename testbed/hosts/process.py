@@ -1,7 +1,8 @@
 """One process that a run owns, from its start until nothing of it is left.
 
 Rule 1: a process leads a session and a process group of its own; its end is the end of the whole group.
-Rule 2: it carries the run's label in its environment and asks the kernel to be killed with its starter.
+Rule 2: it carries the run's label in its environment and asks the kernel to be killed with its starter: which is,
+        to the kernel, the thread that started it. So the thread that watches it starts it, and lives as long.
 Rule 3: its output goes to a file; what it said last explains why it died.
 Rule 4: it is signalled only while it is not yet reaped, so that a recycled process id is never hit.
 """
@@ -40,19 +41,20 @@ class OwnedProcess:
         self.asked_to_end = False
         self._on_exit = on_exit
         self._gone = threading.Event()
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=dict(environment),
-                start_new_session=True,
-            )
-        # Signals go by this and not by Popen, which would reap the process behind the watcher's back.
-        self._pidfd = os.pidfd_open(self._process.pid)
-        self._watcher = threading.Thread(target=self._watch, name=f"watch-{name}", daemon=True)
+        self._process: subprocess.Popen[bytes]
+        self._pidfd = -1
+        self._error: OSError | None = None
+        started = threading.Event()
+        self._watcher = threading.Thread(
+            target=self._live,
+            args=(list(command), dict(environment), started),
+            name=f"watch-{name}",
+            daemon=True,
+        )
         self._watcher.start()
+        started.wait()
+        if self._error is not None:
+            raise self._error
 
     @property
     def pid(self) -> int:
@@ -117,6 +119,26 @@ class OwnedProcess:
     def last_words(self) -> str:
         """What its log ends with: a plain line, or a JSON line's complaint; "" when it complained of nothing."""
         return last_words_of(self.log)
+
+    def _live(self, command: list[str], environment: dict[str, str], started: threading.Event) -> None:
+        try:
+            with self.log.open("ab") as output:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=environment,
+                    start_new_session=True,
+                )
+            # Signals go by this and not by Popen, which would reap the process behind the watcher's back.
+            self._pidfd = os.pidfd_open(self._process.pid)
+        except OSError as error:
+            self._error = error
+            return
+        finally:
+            started.set()
+        self._watch()
 
     def _watch(self) -> None:
         # Not reaped yet: until then the group's id cannot be given to anybody else.

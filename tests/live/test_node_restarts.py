@@ -112,6 +112,8 @@ def test_a_source_node_killed_while_its_guest_is_paused_lets_it_run_on(tmp_path,
                 assert '"outcome":"failed"' in source.wait("migration_ended").fields_json
             else:
                 source.wait("guest_resumed")
+                told = source.wait("migration_ended").fields_json
+                assert '"reason":"the source node restarted"' in told, "its predecessor did not live to tell"
             assert source.journal_states() == [(1, "ABORTED")]
             waited_for(lambda: source.status().state == "running", "the guest to run on")
             assert '"outcome":"completed"' in retry(bed, source, attempt=2)
