@@ -12,7 +12,6 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
-import psutil
 import structlog
 
 from dest_node.page_receiver import PageReceiver
@@ -22,7 +21,7 @@ from host.ballooned import give_back
 from host.clock import now_ns
 from host.errors import AgentError, AgentLost, HostError
 from host.guest_memory import HostRam
-from host.resources import cpu_seconds
+from host.resources import available_memory_bytes, cpu_seconds
 from migration import commands as do
 from migration import events as told
 from migration.codec import image_digest
@@ -495,8 +494,3 @@ class Intake:
                 self._host.guest.link.discard()
             except (AgentError, AgentLost) as error:
                 self._host.events.add("discard_unheard", reason=str(error))
-
-
-def available_memory_bytes() -> int:
-    """MemAvailable of this machine."""
-    return int(psutil.virtual_memory().available)

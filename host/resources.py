@@ -11,6 +11,8 @@ import resource
 import threading
 from pathlib import Path
 
+import psutil
+
 SAMPLE_PERIOD_S = 0.1
 
 
@@ -20,6 +22,11 @@ def own_memory_bytes() -> int:
         line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     )
     return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
+
+
+def available_memory_bytes() -> int:
+    """MemAvailable of this machine."""
+    return int(psutil.virtual_memory().available)
 
 
 def cpu_seconds() -> float:
