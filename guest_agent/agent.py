@@ -100,8 +100,9 @@ class Agent:
         self._unconnected: Machine | None = (
             None  # its balloon device is looked for when the node was answered
         )
+        # bounded: a thread of the guest fails once, and there are tens
         self._failures: deque[tuple[str, BaseException]] = deque()
-        self._booted: deque[bool] = deque()
+        self._booted: deque[bool] = deque()  # bounded: a machine boots once
         self._control = ControlServer(agent_socket, self._handle)
         self._handlers: dict[str, Callable[[Request], Reply]] = {
             "hello": self._hello,

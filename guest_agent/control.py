@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ControlServer", "Reply", "Request"]
 
-SEND_S_MAX = 1.0
+SEND_S_MAX = 1.0  # a node that takes no answer for so long is let go of; the guest goes on
 WAKE_BYTES = 4096
 NOTIFICATIONS_MAX = 64  # unread news of a node that does not come back; `hello` tells the state anyway
 
@@ -79,7 +79,7 @@ class ControlServer:
         self._path = path
         self._handle = handle
         self._log = structlog.get_logger(component="control")
-        self._notifications: deque[bytes] = deque(maxlen=NOTIFICATIONS_MAX)
+        self._notifications: deque[bytes] = deque(maxlen=NOTIFICATIONS_MAX)  # bounded: by NOTIFICATIONS_MAX
         # A pipe and not an eventfd: `signal.set_wakeup_fd` writes single bytes.
         self._wake_fd, self.wake_write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._connection: socket.socket | None = None

@@ -41,7 +41,7 @@ class PauseGate:
     def __enter__(self) -> None:
         with self._condition:
             while not self._open and not self._shut:
-                self._condition.wait()
+                self._condition.wait()  # ends: open or shut; a pause lasts as long as its host wants
             if self._shut:
                 raise GateShut
             self._inside += 1

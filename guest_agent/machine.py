@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 __all__ = ["Machine", "MachineOptions", "Paused"]
 
 FIRST_EPOCH = 1
-JOIN_S_MAX = 2.0
+JOIN_S_MAX = 2.0  # a thread ends at its next slice, within milliseconds
 UNLOAD_S_MAX = 5.0  # deflating a GiB takes a fraction of it
 PROBLEM_CHARACTERS_MAX = 200  # a hundred of them fit in one sideband datagram
-PROBLEMS_MAX = 100
+PROBLEMS_MAX = 100  # of one self-check: they go in one sideband datagram
 
 
 @dataclass(frozen=True, slots=True)

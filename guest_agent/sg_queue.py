@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["RUN_PAGES_MAX", "SgQueue", "split_runs"]
 
 PAGE_SHIFT: Final = 12
-RUN_PAGES_MAX: Final = 0xFFFF_FFFF // PAGE_BYTES
+RUN_PAGES_MAX: Final = 0xFFFF_FFFF // PAGE_BYTES  # a descriptor's length has 32 bits
 
 
 class SgQueue:

@@ -19,7 +19,7 @@ __all__ = ["STATE_BYTES_MAX", "STATE_VERSION", "VcpuState", "WorkloadState", "di
 
 STATE_VERSION = 1
 STATE_BYTES_MAX = 16 * 1024  # DESIGN 3.10: small at 1 and at 8 GiB, or a page list has slipped in
-WORKLOADS_MAX = 64
+WORKLOADS_MAX = 64  # their states share the 16 KiB of STATE_BYTES_MAX
 RINGS = 5
 
 

@@ -50,7 +50,7 @@ CALLS_MAX = (
 )
 MESSAGE_BYTES_MAX = 8 << 20  # a chunk is little over 4 MiB; expectations and artefacts come in pieces
 HANDSHAKE_MS_MAX = 20_000  # a connection that says nothing is closed; gRPC's own patience is two minutes
-GRACE_S = 2.0
+GRACE_S = 2.0  # for calls under way when the node ends; then they are cut
 KEEPALIVE_MS = 5_000  # as the source's channel has it
 
 log = structlog.get_logger()
@@ -157,9 +157,9 @@ def serve(options: argparse.Namespace, stop: threading.Event) -> None:
         control_server = make_server("control", CONTROL_THREADS, [count, *only_control])
         control = trust.bind(control_server, options.control)
         add_services(control_server, service)
-        stack.callback(lambda: control_server.stop(GRACE_S).wait())
+        stack.callback(lambda: control_server.stop(GRACE_S).wait())  # ends: after GRACE_S
         stack.callback(events.close)  # ends the watches, so that the control server need not wait for them
-        stack.callback(lambda: migration_server.stop(GRACE_S).wait())
+        stack.callback(lambda: migration_server.stop(GRACE_S).wait())  # ends: after GRACE_S
         events.add("node_started", roles=options.role, migration_address=migration_address)
         tell_plain_text(events, trust, migration_address, control)
         stack.callback(guest.stop)
@@ -175,7 +175,7 @@ def serve(options: argparse.Namespace, stop: threading.Event) -> None:
         migration_server.start()
         control_server.start()
         write_node_file(options.run_dir, control, migration_address)
-        stop.wait()
+        stop.wait()  # ends: a signal or Shutdown; serving is what a node does
         wind_up(context, roles)
 
 

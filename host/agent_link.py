@@ -173,7 +173,7 @@ class AgentLink:
         self._closing.set()
         self._drop("the link was closed", self._connection)
         if self._reader is not None and self._reader is not threading.current_thread():
-            self._reader.join()
+            self._reader.join()  # ends: its connection is closed
 
     def _adopt(self, connection: socket.socket) -> None:
         seconds = int(SEND_S_MAX)
@@ -276,7 +276,7 @@ class AgentLink:
                 late = self._waiting.pop(identity, None) is None
             if not late:
                 raise AgentLost(f"the guest agent did not answer {op!r} within {timeout:g} s") from None
-            reply, received = future.result()  # it came between the timeout and our giving up
+            reply, received = future.result()  # ends: it came between the timeout and our giving up
         return self._checked(op, reply, received)
 
     @staticmethod

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["BalloonServer", "DeviceState", "DeviceStatus", "HintBatch"]
 
 PAGES_UNKNOWN = 1 << 32  # before a guest shared its RAM: as many as page frame numbers can name
-QUIET_S_MAX = 10.0
+QUIET_S_MAX = 10.0  # rings stop in milliseconds, a punch of GiB in tenths of a second
 STATS_S_MAX = 2.0  # a guest answers in well under a millisecond, or it stands still
 
 

@@ -33,6 +33,7 @@ class CallLoop:
     def __init__(self, name: str) -> None:
         self._selector = selectors.DefaultSelector()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # bounded: every caller waits for its own
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._soon: dict[object, Callable[[], None]] = {}
         self._lock = threading.Lock()
@@ -51,7 +52,7 @@ class CallLoop:
                 self._running = False
                 os.eventfd_write(self._wake_fd, 1)
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join()  # ends: a handler does a bounded piece of work
         else:
             self._end(None)
 
@@ -69,7 +70,7 @@ class CallLoop:
                 raise LoopEnded(self._thread.name)
             self._calls.append((function, future))
             os.eventfd_write(self._wake_fd, 1)
-        return future.result()
+        return future.result()  # ends: run, or LoopEnded
 
     def watch(self, fd: int, events: int, handler: Callable[[], None]) -> None:
         """Run `handler` whenever `fd` is ready for `events`; replaces an earlier watch. Raises OSError."""
@@ -120,7 +121,7 @@ class CallLoop:
     def _end(self, failure: BaseException | None) -> None:
         with self._lock:
             self._running = False
-            waiting, self._calls = self._calls, deque()
+            waiting, self._calls = self._calls, deque()  # bounded: it is over, nothing is put in
             if self._wake_fd >= 0:
                 os.close(self._wake_fd)
                 self._wake_fd = -1

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 VERSION = 1
-BYTES_MAX = 4096
+BYTES_MAX = 4096  # of the file: it has about ten numbers
 
 
 @dataclass(frozen=True, slots=True)

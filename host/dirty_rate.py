@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from host.guest_memory import HostRam
     from host.pagemap import WriteScanner
 
-PERIOD_MS_MAX = 60_000
-PERIODS_MAX = 1000
+PERIOD_MS_MAX = 60_000  # a rate over a longer time says nothing about a migration
+PERIODS_MAX = 1000  # each is kept, and listed in the answer
 TOTAL_MS_MAX = 120_000  # a call that takes longer would be taken for a dead host
 
 

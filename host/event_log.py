@@ -77,7 +77,7 @@ class EventLog:
         while True:
             with self._changed:
                 while self._dropped + len(self._facts) == position and not self._closed and wanted():
-                    self._changed.wait()
+                    self._changed.wait()  # ends: an event, close, or a watcher that went away
                 if self._dropped + len(self._facts) == position:
                     return
                 missed = max(self._dropped - position, 0)

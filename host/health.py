@@ -15,7 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 ADDRESS_VARIABLE = "BALLAST_CONTROL"
-WAIT_S = 5.0
+WAIT_S = 5.0  # a node answers in milliseconds; the engine asks again
 
 
 def main(argv: list[str] | None = None) -> int:

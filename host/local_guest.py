@@ -64,7 +64,7 @@ class LocalGuest:
         """Let go of the agent and of its RAM. The guest lives on."""
         self._stopping.set()
         self.link.close()  # first: it ends the wait for an agent that never came
-        self._thread.join()
+        self._thread.join()  # ends: within ATTACH_POLL_S
         self.drop_ram()
 
     def hello(self) -> Hello:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-NEWS_BYTES_MAX: Final = 64 * 1024
+NEWS_BYTES_MAX: Final = 64 * 1024  # of one read; the kernel's own messages are smaller
 BUFFER_BYTES: Final = 1 << 20  # as far as net.core.rmem_max allows
 LENGTH: Final = struct.Struct("<I")  # struct nlmsghdr begins with it
 ALIGNMENT: Final = 4

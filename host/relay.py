@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 
-CONNECT_S = 10.0
-LOOK_S = 0.02
+CONNECT_S = 10.0  # a node inside binds its socket in tenths of a second
+LOOK_S = 0.02  # between two tries to connect
 PIECE_BYTES = 1 << 16
 READY = b"!"
 

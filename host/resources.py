@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-SAMPLE_PERIOD_S = 0.1
+SAMPLE_PERIOD_S = 0.1  # one small file of /proc each time
 
 
 def own_memory_bytes() -> int:
@@ -60,4 +60,4 @@ class ResourceMeter:
     def stop(self) -> None:
         """End the sampling thread."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join()  # ends: within SAMPLE_PERIOD_S

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from virtio.vhost_user import Effect
 
 MESSAGES_PER_TURN_MAX = 64  # then other descriptors have their turn
-PASSES_PER_TURN_MAX = 4
+PASSES_PER_TURN_MAX = 4  # of a ring, about 10 ms each; then other descriptors have their turn
 
 
 class VhostConnection:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 FAILED, USAGE, CANNOT = 1, 2, 3
 DEVICE_S: Final = 60.0  # the node's start, on a busy machine
-LOOK_S: Final = 0.02
+LOOK_S: Final = 0.02  # between two looks for the node's socket
 LISTENING: Final = "00010000"  # __SO_ACCEPTCON among the flags in /proc/net/unix
 RUN_LABEL: Final = "BALLAST_RUN"
 

@@ -37,7 +37,7 @@ OFFLINE_BIT: Final = 0x100  # a ballooned page
 KPF_NOPAGE: Final = 20  # include/uapi/linux/kernel-page-flags.h
 KPF_BUDDY: Final = 10
 KPF_OFFLINE: Final = 23
-ORDER_MAX: Final = 10
+ORDER_MAX: Final = 10  # Linux's largest buddy block on x86
 
 
 @dataclass(frozen=True, slots=True)

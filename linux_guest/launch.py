@@ -128,7 +128,7 @@ def _be_first(options: argparse.Namespace) -> NoReturn:
         _become_kernel(options)
     os.close(options.pids)
     while True:
-        ended, status = os.wait()
+        ended, status = os.wait()  # ends: with the guest, whose first process this is
         if ended == kernel:
             os._exit(abs(os.waitstatus_to_exitcode(status)))
 

@@ -27,7 +27,7 @@ FIRST_NUMBER: Final = 10 ** (DIGITS - 1)
 NUMBER_AT: Final = PAGE_BYTES - 1 - DIGITS
 PAGEMAP_PRESENT: Final = 63
 PFN_MASK: Final = (1 << 55) - 1  # Documentation/admin-guide/mm/pagemap.rst
-LOOKS_MAX: Final = 1000
+LOOKS_MAX: Final = 1000  # a page is found at the first look unless the kernel just moved it
 SCAN_PAGES: Final = 4096
 
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from linux_guest import freezer, packages
 
-PROBE_S: Final = 20.0
+PROBE_S: Final = 20.0  # a kernel that does nothing ends in a second
 
 
 def programs() -> str:

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 BALLOON_DEVICE: Final = 5  # virtio device number
 BOOT_S: Final = 60.0  # 1.3 s on an idle machine
-COMMAND_S: Final = 30.0
-POWER_OFF_S: Final = 5.0
+COMMAND_S: Final = 30.0  # of the guest's shell; it answers in milliseconds
+POWER_OFF_S: Final = 5.0  # then its processes are killed
 LAST_LINES: Final = 20
 # Where extended processor state is lost (launch.py), programs must not use it. Names of glibc 2.33 and newer.
 WITHOUT_AVX: Final = "GLIBC_TUNABLES=glibc.cpu.hwcaps=" + ",".join(
@@ -227,7 +227,7 @@ class LinuxGuest:
                 self._process.wait(POWER_OFF_S)
         self.kill()
         if self._clock is not None:
-            self._clock.join()
+            self._clock.join()  # ends: the guest is killed
         if self._commands_fd >= 0:
             os.close(self._commands_fd)
             self._commands_fd = -1
@@ -243,7 +243,7 @@ class LinuxGuest:
                 signal.pidfd_send_signal(self._first_fd, signal.SIGKILL)  # and with it its namespace
             os.close(self._first_fd)
             self._first_fd = -1
-        self._process.wait()
+        self._process.wait()  # ends: it was sent SIGKILL
 
     # --- the guest --------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from linux_guest.uml import LinuxGuest
 
 FILE_BYTES: Final = 1 << 20
-FILL_S: Final = 300.0
+FILL_S: Final = 300.0  # a tmpfs of some GiB is written at 100 MB/s and more
 OPTIONS: Final[dict[str, frozenset[str]]] = {
     "idle": frozenset(),
     "freed": frozenset({"fraction", "keep"}),

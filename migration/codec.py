@@ -45,6 +45,7 @@ SMALL_FIELDS_BYTES_MAX = 96 * 1024
 # A field costs about 0.3 us. Room for every list element in a field of its own, which
 # protobuf's parsers accept although its writers pack them.
 FIELDS_MAX = 16_384
+# The three parts of a chunk, and their tags.
 MESSAGE_BYTES_MAX = CHUNK_PAGES_MAX * PAGE_BYTES + SMALL_FIELDS_BYTES_MAX + 4096
 
 ZERO_PAGE_HASH = xxhash.xxh3_64_intdigest(bytes(PAGE_BYTES))

@@ -21,7 +21,10 @@ ENCODINGS = {"none": ENCODING_RAW, "lz4": ENCODING_LZ4, "zstd": ENCODING_ZSTD}
 ZSTD_LEVEL = 1  # a link slower than a core compresses: higher levels are slower than most links
 SHRUNK_MAX = 0.9  # of its size: less saved than this is not worth the other side's time
 TRIES_MAX = 4  # chunks in a row that did not shrink
-PAUSE_CHUNKS_MIN, PAUSE_CHUNKS_MAX = 16, 256
+PAUSE_CHUNKS_MIN, PAUSE_CHUNKS_MAX = (
+    16,
+    256,
+)  # chunks that go untried; memory that shrinks again is found in time
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from migration.pages import U32Array, U64Array
 
 BLOCK_PAGES = 512  # 2 MiB: chunks stay runs, and a batch of 8 MiB still occupies four streams
-STREAMS_MAX = 16
+STREAMS_MAX = 16  # beyond it threads only wait for each other; each occupies one at the destination
 
 
 def pages_by_stream(pfns: U64Array, streams: int) -> list[U64Array]:

@@ -39,7 +39,7 @@ PREPARE_TIMEOUT_S = 120.0  # integrity full hashes all of RAM, several GiB a sec
 COMMIT_TIMEOUT_S = 10.0  # then it is asked again
 FAREWELL_TIMEOUT_S = 5.0  # Abort and Forget: best effort
 KEEPALIVE_MS = 5_000  # a destination that is gone without a word is noticed within twice this
-MESSAGE_BYTES_MAX = 8 << 20
+MESSAGE_BYTES_MAX = 8 << 20  # as the other end has it: a chunk is little over 4 MiB
 REASON_CHARACTERS_MAX = 300  # a peer's reason becomes ours: one line that a person reads
 
 # The connection's end, or a silence, as apart from an answer: the link may come back.
@@ -179,7 +179,7 @@ class Destination:
 
         def done(future: Any) -> None:
             try:
-                self._post(event_of(future.result()))
+                self._post(event_of(future.result()))  # ends: it is done
             except grpc.RpcError as error:
                 name = type(request).__name__.removesuffix("Request")
                 lost = LinkLost if future.code() in LINK_CODES else PeerLost

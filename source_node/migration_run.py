@@ -49,8 +49,10 @@ class MigrationRun:
         self._on_unheard = on_unheard  # called when the destination did not hear how it ended
         self._host = host
         self._machine = SourceMachine()
+        # bounded: phases, hint batches of four times RAM, Cancel calls
         self._events: queue.SimpleQueue[told.SourceEvent] = queue.SimpleQueue()
-        self._first: deque[told.SourceEvent] = deque()  # what must come before everything that is queued
+        # bounded: what one event posts; it goes before what is queued
+        self._first: deque[told.SourceEvent] = deque()
         self._shell = SourceShell(
             host, order, self._machine, post=self._events.put, post_first=self._first.appendleft
         )

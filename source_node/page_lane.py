@@ -110,7 +110,9 @@ class PageLane:
         self._window_chunks = window_chunks
         self._stored_below = 0
         self._round_index = 0
-        self._kept: deque[U64Array] = deque()  # the pages of every chunk from stored_below on
+        # bounded: by WINDOW_CHUNKS; the pages of chunks from stored_below on
+        self._kept: deque[U64Array] = deque()
+        # bounded: one batch, one marker, and what one window repairs
         self._works: deque[Part | Marker] = deque()
         self._changed = threading.Condition()
         self._reading = threading.Lock()  # held while a chunk is made, so that a rewind comes between two
@@ -206,6 +208,7 @@ class PageLane:
     def _next_work(self, call: OpenCall) -> Part | Marker | None:
         """What stands first; it stays there until it is done."""
         with self._changed:
+            # ends: work, or the call's end
             self._changed.wait_for(lambda: self._works or not self._live(call))
             return self._works[0] if self._live(call) else None
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from source_node.order import Order
     from source_node.page_stream import PageStream
 
-STREAM_CLOSE_TIMEOUT_S = 10.0
+STREAM_CLOSE_TIMEOUT_S = 10.0  # everything is acknowledged by then: only the calls' ends are missing
 
 log = structlog.get_logger()
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from testbed.interrupt import Interrupt
     from testbed.session import Session
 
-LOOK_S: Final = 2.0
+LOOK_S: Final = 2.0  # a host that does not say its state within this is shown as silent
 GUEST_STATES: Final = ("running", "paused")  # of a host that has the guest
 SCHEDULE_KEYS: Final = ("at", "for")
 BY_HAND: Final = "by hand"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from testbed.scenario import Scenario
 
 VARIANTS_MAX: Final = 64  # a slip in --vary must not start a day of runs
-REPEATS_MAX: Final = 100
+REPEATS_MAX: Final = 100  # a slip must not start a day of runs
 
 FIGURES: Final[Mapping[str, Callable[[Result], float | None]]] = {
     "payload_bytes": lambda result: result.bytes.payload,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
 KINDS: Final = kinds()
-FAULTS_MAX: Final = 100
+FAULTS_MAX: Final = 100  # a story that people read; random faults are the simulator's
 DOCKER: Final = "needs hosts.kind = 'docker': hosts that are processes of this machine have no {}"
 MISSING: Final = {
     "network": "network of their own",

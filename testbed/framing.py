@@ -29,7 +29,7 @@ from typing import Final
 PAGE_HASH_BYTES: Final = 8
 RUN_BYTES_MAX: Final = 8  # varint page number below 2^35 (5 bytes) and varint count (2), rounded up
 CHUNK_HEADER_BYTES: Final = 96  # incarnation, attempt, round, sequence, chunk hash, the tags and lengths
-CHUNK_PAGES_MAX: Final = 256  # migration/codec.py
+CHUNK_PAGES_MAX: Final = 256  # of a packed chunk, the smaller kind (migration/codec.py)
 GRPC_PREFIX_BYTES: Final = 5
 HTTP2_FRAME_HEADER_BYTES: Final = 9
 HTTP2_FRAME_BYTES: Final = 16 * 1024  # unless the peer allows more, which only saves headers

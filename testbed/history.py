@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-LOOK_AGAIN_S: Final = 0.2
+LOOK_AGAIN_S: Final = 0.2  # whether a process that should speak still lives
 
 Origin: TypeAlias = Literal["source", "dest", "third", "testbed"]
 

@@ -47,7 +47,7 @@ class Interrupt:
             signal.signal(number, handler)
         os.close(self._pipe[1])  # the end of the pipe is the end of the thread
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join()  # ends: its pipe is closed
         os.close(self._pipe[0])
 
     @property

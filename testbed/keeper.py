@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from testbed.session import Session
 
 BACKLOG: Final = 16
-REQUEST_BYTES_MAX: Final = 1 << 20
+REQUEST_BYTES_MAX: Final = 1 << 20  # an order of some hundred bytes; more is not one of ours
 FIRST_LEG: Final = "b"
 
 
@@ -113,7 +113,7 @@ class Keeper:
             self._interrupt.listen(self._ended.set)
             stack.callback(self._interrupt.ignore, self._ended.set)
             if not self._interrupt.pressed:
-                self._ended.wait()
+                self._ended.wait()  # ends: `ballast down`, or Ctrl-C
             self.legs_made = hands.legs_made
             if self._down is None:
                 raise InterruptedRunError("the session's keeper was told to end")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HostName = Literal["a", "b", "c"]
 ORIGINS: Final[dict[str, Origin]] = {"a": "source", "b": "dest", "c": "third"}
 FIRST_HOST: Final = "a"
-LEGS_MAX: Final = 16
+LEGS_MAX: Final = 16  # each is a whole migration, with its own proof
 
 
 class Leg(Migration):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from testbed.scenario import Scenario
 
 REPORTED_PACKAGES: Final = ("ballast", "grpcio", "numpy", "protobuf", "pydantic", "xxhash")
-PROBE_S: Final = 20.0
+PROBE_S: Final = 20.0  # each probe is a process of a second
 # Beside guest RAM: four Python processes with gRPC and numpy, chunks in flight, page hashes.
 PROCESSES_BYTES: Final = 768 << 20
 LINUX_RAM: Final = "/dev/shm"  # noqa: S108 - where User-Mode Linux keeps its RAM, as a file without a name

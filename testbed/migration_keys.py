@@ -26,7 +26,7 @@ DurationMs = Annotated[int, BeforeValidator(parse_duration_ms)]
 Percent = Annotated[int, Field(ge=1, le=99)]  # a guest is slowed, never stopped: as in auto-converge
 
 ROUNDS_MAX: Final = 1000  # a limit on everything: beyond it the dirty rate exceeds the link
-RETRIES_MAX: Final = 100
+RETRIES_MAX: Final = 100  # each is a whole attempt: a slip must not last a day
 
 
 class Throttle(Model):

@@ -35,8 +35,8 @@ CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.enable_http_proxy", 0),
 ]
-CALL_S = 30.0
-LOOK_S = 0.1
+CALL_S = 30.0  # of calls that only look or flip a switch
+LOOK_S = 0.1  # between two looks for a state
 
 
 class NodeClient:
@@ -170,7 +170,7 @@ class NodeClient:
     def _end_watch(self) -> None:
         if self._watch is not None and self._watcher is not None:
             self._watch.cancel()
-            self._watcher.join()
+            self._watcher.join()  # ends: the call is cancelled
 
     def _follow(self) -> None:
         assert self._watch is not None

@@ -34,19 +34,19 @@ if TYPE_CHECKING:
     from testbed.run_dir import RunDir
     from testbed.scenario import Scenario
 
-READY_S: Final = 60.0
+READY_S: Final = 60.0  # four processes start in seconds, on a loaded machine in tens
 READY_S_PER_GIB: Final = (
     60.0  # workloads fill memory at its first touch, well above 100 MB/s even when shared
 )
 OUTCOME_S: Final = 60.0  # beyond the migration's own timeout: hashing both RAMs, recording, answering
 OUTCOME_S_PER_GIB: Final = 20.0
-NO_TIMEOUT_S: Final = 3600.0
-RUNNING_S: Final = 30.0
-BALLOON_S: Final = 60.0
-CHECK_S: Final = 300.0
+NO_TIMEOUT_S: Final = 3600.0  # of a migration without a timeout of its own: a run ends nevertheless
+RUNNING_S: Final = 30.0  # COMMITTED is answered when the guest runs: its event follows
+BALLOON_S: Final = 60.0  # a driver inflates a GiB in a second
+CHECK_S: Final = 300.0  # of a self-check: some GiB a second, on a loaded machine a tenth of it
 STAND_BY_S: Final = 120.0  # unmapping the guest's RAM, some GiB a second
-ARTEFACT_S: Final = 120.0
-LOOK_S: Final = 0.02
+ARTEFACT_S: Final = 120.0  # files of 8 bytes a page
+LOOK_S: Final = 0.02  # between two looks for a state
 
 
 class Session:

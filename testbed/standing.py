@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SESSION_FILE: Final = "session.json"
 SOCKET_NAME: Final = "keeper"
-CONNECT_S: Final = 5.0
+CONNECT_S: Final = 5.0  # the keeper of a standing session accepts at once
 # Which error a refusal is, by its exit code.
 ERRORS: Final[Mapping[int, type[TestbedError]]] = {1: RunBrokenError, 2: UsageError, 3: MachineCannotError}
 
@@ -177,7 +177,7 @@ class Beginning:
         try:
             answer = read_answer(self._told, watch)
         except TestbedError:
-            self._process.wait()
+            self._process.wait()  # ends: its keeper failed and says so last
             raise
         finally:
             self._told.close()

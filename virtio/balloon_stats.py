@@ -21,7 +21,7 @@ STATS_ENTRY_BYTES = STATS_ENTRY.size
 assert STATS_ENTRY_BYTES == 10
 # The standard has 10 tags and Linux 6.12 has 16; 256 leaves room and bounds what a guest makes us read.
 STATS_ENTRIES_MAX = 256
-STATS_BYTES_MAX = STATS_ENTRIES_MAX * STATS_ENTRY_BYTES
+STATS_BYTES_MAX = STATS_ENTRIES_MAX * STATS_ENTRY_BYTES  # that many entries of ten bytes
 
 # The index is the tag. 0-9 are the standard's, 10-15 are Linux 6.12's.
 STATS_NAMES = (

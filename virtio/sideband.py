@@ -25,7 +25,7 @@ FDS_MAX = (
 REPLY = "reply"
 NOTIFY = "notify"
 EVENTS = frozenset({"ready", "workload_failed", "oom"})
-PROBLEMS_MAX = 100
+PROBLEMS_MAX = 100  # of one self-check: they go in one datagram
 
 U32_MAX = 2**32 - 1
 U64_MAX = 2**64 - 1

@@ -141,8 +141,8 @@ class FrontendSession:
         self._negotiate = negotiate
         self._backend_fd = backend_fd
         self._user_address: int | None = None
-        self._steps: deque[_Step] = deque()
-        self._waiting: deque[_Step] = deque()  # sent, in the order in which the answers come
+        self._steps: deque[_Step] = deque()  # bounded: one set-up of all rings
+        self._waiting: deque[_Step] = deque()  # bounded: as above; sent, in the order in which answers come
         self._bases: dict[int, int] = {}
 
     @property

@@ -28,7 +28,7 @@ GONE: Final = 0
 
 PYTHON_STDLIB: Final = "python-stdlib"
 _SKIPPED_DIRECTORIES: Final = {"__pycache__", "site-packages", "dist-packages"}  # differ from host to host
-_BYTES_MAX_DEFAULT: Final = 64 << 20
+_BYTES_MAX_DEFAULT: Final = 64 << 20  # what a small guest has room for beside its workload
 _RECLAIM_PAGES_MIN: Final = 256  # finding the cache's pages costs a look at the frame table: make it count
 
 

@@ -25,7 +25,7 @@ FRAME_BALLOONED: Final = 2
 NEVER_SENT: Final = 0  # 1 data, 2 zero record
 # Computed here and not taken from the code that sends: the proof does not trust the path it proves.
 ZERO_PAGE_HASH: Final = xxhash.xxh3_64_intdigest(bytes(PAGE_BYTES))
-SHOWN_PAGES_MAX = 8
+SHOWN_PAGES_MAX = 8  # a reason is one line
 
 
 def check(record: RunRecord) -> Finding:

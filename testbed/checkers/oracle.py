@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from testbed.record import RunRecord
 
-ITEMS_SHOWN_MAX = 8
+ITEMS_SHOWN_MAX = 8  # a reason is one line
 
 
 def check(record: RunRecord) -> Finding:

@@ -47,7 +47,7 @@ def in_namespace(path: str, action: Callable[[], Answer]) -> Answer:
 
     thread = threading.Thread(target=enter_and_act, name="namespace")
     thread.start()
-    thread.join()
+    thread.join()  # ends: with the action, whose commands have NFT_S
     if errors:
         raise errors[0]
     return answers[0]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 CYCLE: Final = 1 << 16  # packets after which the same choice begins again
-NFT_S: Final = 20.0
+NFT_S: Final = 20.0  # a transaction takes milliseconds
 PRIORITY: Final = -10  # before ordinary filters, after connection tracking and address translation
 NETLINK_NETFILTER: Final = 12
 NFTABLES: Final = 10

@@ -38,7 +38,7 @@ TRANSPORT_HEADER_BYTES: Final = {
     socket.IPPROTO_UDP: (8, 6),
 }  # -> checksum's place
 ETHERTYPE_IPV4: Final = b"\x08\x00"
-IDLE_S: Final = 3600.0
+IDLE_S: Final = 3600.0  # nothing waits: only a packet or the end wakes it
 
 
 class Ending:
@@ -65,6 +65,7 @@ class Ending:
 def hold(queue: PacketQueue, ending: Ending, *, delay_ns: int, jitter_ns: int, seed: int) -> None:
     """Every packet goes on `delay_ns` and up to `jitter_ns` more after it came, in order."""
     dice = np.random.default_rng(seed)
+    # bounded: by the kernel, to QUEUE_PACKETS_MAX
     waiting: deque[tuple[NDArray[np.int64], NDArray[np.uint32]]] = deque()
     latest_ns = 0
     while True:

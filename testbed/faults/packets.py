@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from testbed.history import Origin
     from testbed.hosts.port import Host
 
-READY_S: Final = 20.0
-END_S: Final = 5.0
+READY_S: Final = 20.0  # a Python process starts in a second, on a loaded machine in some
+END_S: Final = 5.0  # it lets its packets go and ends; then it is killed
 QUEUE_FIRST: Final = 4700  # above what people choose by hand
-QUEUES_MAX: Final = 200
+QUEUES_MAX: Final = 200  # numbers to choose from: a fault has two
 QUEUES: Final = "/proc/thread-self/net/netfilter/nfnetlink_queue"
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Capability: TypeAlias = Literal["rules", "rate", "queues", "offload"]
-PROBE_S: Final = 30.0
+PROBE_S: Final = 30.0  # each probe takes milliseconds
 LOOPBACK: Final = "127.0.0.1"
 TABLE: Final = "ballast_probe"
 

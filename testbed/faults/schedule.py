@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from testbed.scenario import Scenario
 
 HOLD_MS: Final = 30_000  # a node waits no longer for a fault; bringing one into force takes a second at most
-IDLE_S: Final = 3600.0
+IDLE_S: Final = 3600.0  # no fault is due: only an event or the end wakes it
 
 
 class Schedule:
@@ -47,7 +47,7 @@ class Schedule:
         self._link = ShapedLink(
             scenario.link, hosts.hosts, history, label=self._label, seed=self._seed_of("link")
         )
-        self._posted: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._posted: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # bounded: the run's own history
         self._waiting = set(range(len(self._faults)))  # not yet applied
         self._in_force: dict[int, tuple[Applied, int | None]] = {}  # -> and when it is to be healed, in ns
         self._due_ns: dict[int, int] = {}  # of those with a time, once the migration was requested
@@ -75,7 +75,7 @@ class Schedule:
     ) -> None:
         if self._thread.ident is not None:
             self._posted.put(None)
-            self._thread.join()
+            self._thread.join()  # ends: with the fault under way
         with ExitStack() as healing:
             healing.callback(self._link.heal)
             for number in self._in_force.copy():

@@ -29,7 +29,7 @@ DATA: Final = "/var/lib/ballast"  # the node's own directory, and what the agent
 TLS: Final = "/run/ballast-tls"
 WAIT: Final = ["sleep", "infinity"]
 PERIOD_US: Final = 100_000
-PIDS_MAX: Final = 512
+PIDS_MAX: Final = 512  # a node has about 60 threads, an agent ten
 UNLIMITED: Final = -1
 # A process that is root here becomes this one inside: an id that no user of the machine has.
 NOBODY_ELSES_ID: Final = 10001
@@ -154,7 +154,7 @@ class RunContainer:
         self.thaw()  # what stands still cannot be killed
         with told(f"the container {self.name} cannot be killed"):
             self.handle.kill()
-            self.handle.wait()
+            self.handle.wait()  # ends: it was killed; the engine has CALL_S
 
     def start(self) -> None:
         """The host starts again: the node with its journal, and an empty standby agent."""

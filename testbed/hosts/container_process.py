@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 INSIDE: Final = "/run/ballast"  # where a host's sockets and process ids are
-START_S: Final = 10.0
-END_S: Final = 5.0
-LOOK_S: Final = 0.005
+START_S: Final = 10.0  # the engine starts a process in tenths of a second
+END_S: Final = 5.0  # then it is killed
+LOOK_S: Final = 0.005  # between two looks for its process id
 LEAVE_PID: Final = 'echo $$ >"$0"; exec "$@"'
 KILLED_STATUS: Final = 128
 
@@ -125,7 +125,7 @@ class ContainerProcess:
         """A new process in place of one that ended. Raises RunBrokenError when it does not come up."""
         if self.alive:
             raise RunBrokenError(f"the {self.name} runs: there is nothing to start again")
-        self.join()
+        self.join()  # ends: it is not alive
         self.start(again=True)
         if self.wait_until_ready is not None:
             self.wait_until_ready()
@@ -137,7 +137,7 @@ class ContainerProcess:
     def join(self) -> None:
         """Its end is in the history afterwards; for those whose container is gone or who ended."""
         if self._watcher is not None and self._watcher is not threading.current_thread():
-            self._watcher.join()
+            self._watcher.join()  # ends: with the process, or its container
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

@@ -276,7 +276,7 @@ class DockerHosts:
         if host.container.alive:
             host.container.kill()
         for process in (host.node, host.agent):
-            process.join()
+            process.join()  # ends: the container was killed
         sharing.collect(host.container)
 
     def _started(self, process: ContainerProcess) -> None:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from docker import DockerClient
 
-CALL_S: Final = 60
-LOOK_S: Final = 3
+CALL_S: Final = 60  # creating a container takes tenths of a second, on a busy disk some
+LOOK_S: Final = 3  # whether an engine answers at all
 CONNECTIONS_MAX: Final = 64  # each process of a run keeps one for its output
 UNIX: Final = "unix://"
 LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 STDOUT: Final = 1
-STATUS_S: Final = 5.0
-LOOK_S: Final = 0.005
+STATUS_S: Final = 5.0  # the engine knows the status when the output has ended, or a moment later
+LOOK_S: Final = 0.005  # between two questions for it
 
 
 class Execution:

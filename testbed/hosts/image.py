@@ -47,7 +47,7 @@ WHEELHOUSE: Final = "deploy/wheelhouse"
 DIGEST_CHARACTERS: Final = 16
 LAST_LINES: Final = 6
 KEPT_IMAGES: Final = 8
-BUILD_S: Final = 1800
+BUILD_S: Final = 1800  # a build downloads 100 MB of wheels
 
 
 class ImageSources:

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 RUN_LABEL: Final = "BALLAST_RUN"
 RUNTIME_LABEL: Final = "BALLAST_RUNTIME"
-SERVE_S: Final = 30.0
-END_S: Final = 5.0
-HURRY_S: Final = 0.5
+SERVE_S: Final = 30.0  # a node starts in a second, on a loaded machine in some
+END_S: Final = 5.0  # of SIGTERM; then SIGKILL
+HURRY_S: Final = 0.5  # the same for a run that was interrupted
 ANY_PORT: Final = "127.0.0.1:0"
 
 

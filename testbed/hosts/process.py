@@ -84,7 +84,7 @@ class OwnedProcess:
     def kill(self) -> None:
         """SIGKILL, and waits for the end; not ours in the sense of `asked_to_end`: it is a fact to be told."""
         self._signal(signal.SIGKILL)
-        self._gone.wait()
+        self._gone.wait()  # ends: it was sent SIGKILL
 
     def pause(self) -> None:
         """SIGSTOP."""
@@ -100,8 +100,8 @@ class OwnedProcess:
         self.resume()  # a stopped process would not see it
         if not self._gone.wait(grace_s):
             self._signal(signal.SIGKILL)
-            self._gone.wait()
-        self._watcher.join()
+            self._gone.wait()  # ends: it was sent SIGKILL
+        self._watcher.join()  # ends: the process is gone
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
@@ -145,7 +145,7 @@ class OwnedProcess:
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
+        self._process.wait()  # ends: waitid saw its end
         self._gone.set()
         self._on_exit(self)
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PIECE_BYTES: Final = 1 << 16
-LOOK_S: Final = 0.05
-END_S: Final = 5.0
+LOOK_S: Final = 0.05  # whether it is to end
+END_S: Final = 5.0  # its threads end when their connections are shut
 
 
 class Relay:
@@ -110,7 +110,7 @@ class Relay:
                     connection.sendall(piece)
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
-        inwards.join()
+        inwards.join()  # ends: the connection is shut
         connection.close()
         self._connections.discard(connection)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PREFIX: Final = "ballast-"
 FALLBACK: Final = Path("/tmp")  # noqa: S108 - the names below are made exclusively, mode 0700
 LOCK_NAME: Final = "alive.lock"
-SOCKET_PATH_BYTES_MAX: Final = 107
+SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path of sockaddr_un, less its end
 SOCKET_NAME_BYTES_MAX: Final = 20  # of the names that runs put into it
 
 
