@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PIECE_BYTES: Final = 1 << 16
-JOIN_S: Final = 10.0
+JOIN_S: Final = 10.0  # its sockets are shut: a thread ends at its next look
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: close sends RST
 
 

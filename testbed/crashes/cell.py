@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from testbed.scenario import Scenario
     from testbed.session import Session
 
-HOLD_MS: Final = 120_000
-WAIT_S: Final = 30.0
+HOLD_MS: Final = 120_000  # a node waits so long for its crash; the strike comes within a second
+WAIT_S: Final = 30.0  # for what follows within a second, on a loaded machine in some
 NOTICED_S: Final = 30.0  # keepalive finds a link that died without a word within 10 s
 BALLOON_PAGES: Final = 128
-BALLOON_LOOK_S: Final = 0.02
+BALLOON_LOOK_S: Final = 0.02  # between two looks for a state
 # What speaks about safety; the others measure, and what they measure may have died.
 SAFETY: Final = ("owner", "oracle", "memory", "expectation")
 
@@ -150,7 +150,7 @@ class _Cell:
             try:
                 outcome = session.make_leg(1, self._scenario.legs[0], meanwhile=striking.join)
             finally:
-                striking.join()
+                striking.join()  # ends: each of its waits has WAIT_S or NOTICED_S
             if self._failed:
                 raise RunBrokenError(self._failed)
             if outcome != "guest_lost":

@@ -52,7 +52,7 @@ class OwnedProcess:
             daemon=True,
         )
         self._watcher.start()
-        started.wait()
+        started.wait()  # ends: it runs, or could not be started
         if self._error is not None:
             raise self._error
 
