@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from testbed.cli_session import register
+from testbed.cli_soak import register as register_soak
 from testbed.errors import TestbedError
 from testbed.sim.cli import register as register_sim
 
@@ -267,6 +268,7 @@ def main() -> None:
 
 register(app)
 register_sim(app)
+register_soak(app)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from testbed.crashes.table import CELLS, CRASHES
 from testbed.interrupt import Interrupt
 from tests.live.runs import nothing_is_left_of
 
-SAMPLE = 12
+SAMPLE = 10
 AT_ONCE = 2  # a cell mostly waits for processes to start
 
 
