@@ -117,10 +117,14 @@ class Meter:
         elif event.name in {"guest_paused", "migration_ended"}:
             self._paused.set()
 
+    @property
+    def worked(self) -> bool:
+        """Whether the guest did anything that could become dearer."""
+        return _per_operation(self.before) > 0 and _per_operation(self.during) > 0
+
     def cost(self) -> float:
-        """CPU per page of work during the migration against before, minus 1; nan where there was no work."""
-        before, during = _per_operation(self.before), _per_operation(self.during)
-        return during / before - 1 if before and during else float("nan")
+        """CPU per page of work during the migration against before, minus 1."""
+        return _per_operation(self.during) / _per_operation(self.before) - 1
 
 
 def _per_operation(samples: list[Sample]) -> float:
@@ -149,7 +153,7 @@ def figures(result: Result, meter: Meter) -> dict[str, float]:
         "wire_mib": result.bytes.wire_tx / 2**20,
         "skipped_share": result.hints.skipped_pages / result.guest.pages,
         "cpu_seconds": result.cpu_seconds.source + result.cpu_seconds.dest,
-        "guest_cost": meter.cost(),
+        **({"guest_cost": meter.cost()} if meter.worked else {}),
     }
 
 
