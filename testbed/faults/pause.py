@@ -23,6 +23,10 @@ class Pause(VictimFault):
 
     kind: Literal["pause"]
 
+    def stops_node_of(self, origin: Origin) -> bool:
+        """Whether that host's node stands still, and answers nobody."""
+        return self.origin == origin and self.what != "guest_agent"
+
     def apply(self, target: Target) -> Undo:
         """Stops it."""
         if self.what == "container":

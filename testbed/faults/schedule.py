@@ -1,7 +1,8 @@
 """The faults of one run: each brought into force at its moment, healed when its time is over or the run ends.
 
 Rule 1: a moment is an event of the history; a node that comes to the point of a fault waits there until the fault
-        is in force, so that the schedule is exact. Times count from the request to migrate.
+        is in force, so that the schedule is exact; one that the fault itself stops is let go on when it is healed.
+        Times count from the request to migrate.
 Rule 2: whatever happened, everything is healed before the hosts are taken down; the last one first.
 Rule 3: every fault applied or healed is in the history; one that cannot be is `fault_failed`, and breaks the run.
 Rule 4: one thread does it all; who records an event only posts it here.
@@ -21,13 +22,14 @@ from testbed.errors import MachineCannotError, RunBrokenError, TestbedError
 from testbed.faults.fault import Applied, Port, Target, apply, ports_of
 from testbed.faults.link import ShapedLink
 from testbed.faults.parameters import moment_ms
+from testbed.faults.pause import Pause
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
     from testbed.faults.fault import Fault
-    from testbed.history import Event, History
+    from testbed.history import Event, History, Origin
     from testbed.hosts.port import Hosts
     from testbed.scenario import Scenario
 
@@ -51,6 +53,7 @@ class Schedule:
         self._waiting = set(range(len(self._faults)))  # not yet applied
         self._in_force: dict[int, tuple[Applied, int | None]] = {}  # -> and when it is to be healed, in ns
         self._due_ns: dict[int, int] = {}  # of those with a time, once the migration was requested
+        self._stopped: dict[int, tuple[Origin, str]] = {}  # -> whom a fault stopped at its point
         self._failure = ""
         self._thread = threading.Thread(target=self._main, name="faults", daemon=True)
 
@@ -124,16 +127,28 @@ class Schedule:
 
     def _reached(self, event: Event) -> None:
         point = str(event.fields["point"])
+        stopped = False
         for number in sorted(self._waiting):
-            if self._faults[number].at == point:
+            if (fault := self._faults[number]).at == point:
                 self._apply(number)
-        client = self._hosts.hosts[event.origin].client if event.origin != "testbed" else None
-        if client is None or not self._hosts.hosts[event.origin].node.alive:
+                if (
+                    number in self._in_force
+                    and isinstance(fault, Pause)
+                    and fault.stops_node_of(event.origin)
+                ):
+                    self._stopped[number] = (event.origin, point)
+                    stopped = True
+        if not stopped:
+            self._let_go_on(event.origin, point)
+
+    def _let_go_on(self, origin: Origin, point: str) -> None:
+        host = self._hosts.hosts.get(origin)
+        if host is None or not host.node.alive:
             return
         try:
-            client.release_point(point)
-        except RunBrokenError as error:  # it was paused, or its container was: it goes on by itself
-            self._history.note("release_unheard", host=event.origin, point=point, reason=str(error))
+            host.client.release_point(point)
+        except RunBrokenError as error:  # it does not answer: it goes on by itself
+            self._history.note("release_unheard", host=origin, point=point, reason=str(error))
 
     # -- faults --------------------------------------------------------------------------------
 
@@ -171,6 +186,9 @@ class Schedule:
         except (TestbedError, OSError) as error:
             self._failed(number, "could not be healed", error)
             return
+        finally:
+            if (held := self._stopped.pop(number, None)) is not None:
+                self._let_go_on(*held)
         self._history.note(
             "fault_healed", fault=number, kind=fault.kind, host=fault.origin, why=why, **counted
         )

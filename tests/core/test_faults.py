@@ -301,14 +301,23 @@ def stage(tmp_path):
         one.history.close()
 
 
-def test_a_node_at_a_point_goes_on_when_the_fault_is_in_force(stage):
-    on = stage(fault(kind="pause", what="dest_node", at="prepare.received", **{"for": "20ms"}))
+@pytest.mark.parametrize(
+    ("what", "order"),
+    [
+        ("guest_agent", ["pause", "release prepare.received", "resume"]),
+        ("source_node", ["pause", "release prepare.received", "resume"]),
+        (
+            "dest_node",
+            ["pause", "resume", "release prepare.received"],
+        ),  # it stands still: it would hear nothing
+    ],
+)
+def test_a_node_at_a_point_goes_on_when_the_fault_is_in_force_and_it_can_hear(stage, what, order):
+    on = stage(fault(kind="pause", what=what, at="prepare.received", **{"for": "20ms"}))
     with on.schedule:
         assert on.next() == "arm prepare.received"
         on.reach("prepare.received", "dest")
-        assert on.next() == "pause"
-        assert on.next() == "release prepare.received"
-        assert on.next() == "resume"
+        assert [on.next() for _ in order] == order
     (applied,) = on.history.having("fault_applied")
     (healed,) = on.history.having("fault_healed")
     assert applied.fields["at"] == "prepare.received"

@@ -58,6 +58,15 @@ def test_pauses_by_time_and_by_round_are_applied_and_healed_and_the_migration_go
     assert by_round.healed_at_ms is not None
 
 
+def test_a_node_that_is_stopped_where_it_stands_goes_on_when_it_is_woken(tmp_path):
+    paused = '[[fault]]\nkind = "pause"\nwhat = "source_node"\nat = "saved"\nfor = "300ms"\n'
+    run = ordered(tmp_path, paused, "completed")
+    record = guest_is_whole(run, "dest")
+    (fault,) = run.result.faults
+    assert 300 <= fault.healed_at_ms - fault.applied_at_ms < 5000
+    assert record.last("point_released", "source").fields["why"] == "released"
+
+
 def test_a_guest_agent_that_is_killed_is_a_lost_guest(tmp_path):
     killed = '[[fault]]\nkind = "kill"\nwhat = "guest_agent"\nat = "round 1 50%"\n'
     ordered(tmp_path, killed, "guest_lost")
