@@ -29,6 +29,7 @@ from source_node.accounting import Stopwatch
 from source_node.artefacts import write_artefacts
 from source_node.attempt_note import AttemptNote
 from source_node.destination import Destination, id_message
+from source_node.farewells import tell_all, unheard
 from source_node.hint_log import HintLog
 from source_node.hint_rule import SafeRule, UnsafeClearDirtyLogAtHint
 from source_node.packer import PackingOrder
@@ -241,6 +242,8 @@ class SourceShell:
         self._post(told.StateRecorded(state))
 
     def _open(self, key: AttemptKey) -> None:
+        # What an earlier attempt left there would be in the way: an Abort that was not heard is repeated first.
+        tell_all(self._host, unheard(self._host, self._order.peer))
         self.wire.start()
         if self._destination is None:
             self._destination = self._peer_of(key)
