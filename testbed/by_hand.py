@@ -92,8 +92,10 @@ class ByHand:
         if outcome != "guest_lost":
             try:
                 session.go_on()
-            except RunBrokenError as error:  # a host that a fault killed: told, and seen in the status
-                session.history.note("cannot_go_on", reason=str(error))
+            except (
+                RunBrokenError
+            ) as error:  # a host that a fault killed: told, seen in the status, and judged
+                session.history.note("cannot_go_on", host=session.here, reason=str(error))
         return {"session": str(session.run_dir.path), "leg": number, "outcome": outcome}
 
     def cancel(self) -> dict[str, Any]:

@@ -228,7 +228,7 @@ def down(*, session_dir: SessionDir = None, as_json: Json = False) -> None:
         answer = standing.ask(session, {"command": "down"})
         if as_json:
             _print_json({"schema": 1, **answer})
-        elif not answer["legs"]:
+        elif not answer["legs"] and not answer["exit_code"]:
             typer.echo("the session is down; no migration was made, so there is nothing to judge")
         else:
             _print(findings_table(judge(load(session.run_dir))))

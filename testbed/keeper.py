@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from testbed.by_hand import ByHand
+from testbed.checkers import judge
 from testbed.clock import now_ns
 from testbed.errors import InterruptedRunError, RunBrokenError, TestbedError, UsageError
 from testbed.interrupt import Interrupt
 from testbed.leg_keys import Leg
+from testbed.record import load
 from testbed.run import conclude, record_run
+from testbed.run_dir import write_json
 from testbed.scenario import Scenario
 from testbed.standing import SOCKET_NAME, StandingSession, manifest_of, of_run
 
@@ -215,8 +218,10 @@ def _leave_the_terminal(log: Path) -> None:
 
 
 def _finished(run_dir: Any, keeper: Keeper) -> dict[str, Any]:
-    if not keeper.legs_made:
-        return {"session": str(run_dir.path), "legs": 0, "exit_code": 0, "result": None}
+    if not keeper.legs_made:  # there is no migration to report, and a guest that was asked all the same
+        judgement = judge(load(run_dir.path))
+        write_json(run_dir.verdict, judgement.to_dict())
+        return {"session": str(run_dir.path), "legs": 0, "exit_code": judgement.exit_code, "result": None}
     run = conclude(run_dir)
     return {
         "session": str(run_dir.path), "legs": keeper.legs_made, "exit_code": run.exit_code,

@@ -116,11 +116,17 @@ class Session:
         self._here = origin
 
     def go_on(self) -> None:
-        """The guest, which was checked, runs on where the last leg left it; where it came from is room again."""
+        """The guest, which was checked, runs on where the last leg left it; where it came from is room again.
+
+        Raises RunBrokenError: one of the two did not come about; `guest_resumed` is noted when the guest runs.
+        """
         left, self._giver = self._giver, self._hosts.hosts[self._here]
-        if left is not self._giver and left.agent.alive:  # a dead agent holds nothing that could be let go of
-            left.client.stand_by(STAND_BY_S)
-        self._giver.client.resume_guest()
+        try:
+            if left is not self._giver and left.agent.alive:  # a dead agent holds nothing to be let go of
+                left.client.stand_by(STAND_BY_S)
+        finally:  # the guest's host is another: whatever became of the one that it left, it runs on
+            self._giver.client.resume_guest()
+            self._history.note("guest_resumed", host=self._here)
 
     def check_guest(self) -> None:
         """The guest checks itself where it is, and stands still afterwards. Raises as `run`."""

@@ -2,7 +2,8 @@
 
 Rule 1: a checker reads the record and nothing else; it can be repeated years later.
 Rule 2: a checker that crashes says unknown, never valid.
-Rule 3: of a run with legs every leg is judged as a run of its own, and the chain of owners over all of them.
+Rule 3: of a run with legs every leg is judged as a run of its own, and the chain of owners over all of them; of a
+        session by hand its end, too.
 Rule 4: safety speaks "invalid" (a lost write, two owners, another outcome); a measurement that cannot be
         trusted speaks "unknown" (sums or byte counters that do not agree, evidence that is missing).
 """
@@ -23,6 +24,7 @@ from testbed.checkers import (
     oracle,
     owner,
     rounds,
+    session_end,
 )
 from testbed.leg_views import legs_of
 from testbed.verdict import Finding, Verdict, unknown, worst
@@ -83,6 +85,9 @@ class Judgement:
 def judge(record: RunRecord, checkers: Mapping[str, Callable[[RunRecord], Finding]] = CHECKERS) -> Judgement:
     """Asks every checker about the run, leg by leg where it has legs."""
     views = legs_of(record)
+    if session_end.nothing_was_migrated(record):
+        asked = _safely(session_end.check, record)
+        return Judgement(asked.verdict, {"session": asked})
     if views == [record]:
         return _judge_one(record, checkers)
     judged = tuple(_judge_one(view, checkers) for view in views)
@@ -94,6 +99,7 @@ def judge(record: RunRecord, checkers: Mapping[str, Callable[[RunRecord], Findin
     findings["owners"] = _safely(owner.check_chain, record)
     findings["faults"] = _safely(faults.check, record)
     findings["legs"] = _safely(legs.check, record)
+    findings["session"] = _safely(session_end.check, record)
     return Judgement(worst(finding.verdict for finding in findings.values()), findings, legs=judged)
 
 

@@ -18,7 +18,9 @@ from testbed.verdict import Finding, Verdict, invalid, unknown, valid
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from testbed.history import Event
     from testbed.record import RunRecord
+    from testbed.scenario import Scenario
 
 ITEMS_SHOWN_MAX = 8  # a reason is one line
 
@@ -43,12 +45,17 @@ def _self_check(record: RunRecord) -> Finding:
         return unknown("the guest was not asked to check itself")
     if checked.fields["host"] != owner:
         return unknown(f"the self-check ran at the {checked.fields['host']} and the guest is at the {owner}")
+    return judged_answers(checked, record.scenario)
+
+
+def judged_answers(checked: Event, scenario: Scenario) -> Finding:
+    """What a guest's answers, as noted in `guest_checked`, say."""
     problems = [str(problem) for problem in checked.fields["problems"]]
     items, expected = int(checked.fields["checked_items"]), int(checked.fields["expected_items"])
     figures = {"checked_items": items, "expected_items": expected}
     if problems or not checked.fields["ok"]:
         return invalid(*(problems or ["the self-check failed without a reason"]), **figures)
-    logging = {"files", "writer", "kv"} & {workload.name for workload in record.scenario.guest.workload}
+    logging = {"files", "writer", "kv"} & {workload.name for workload in scenario.guest.workload}
     if logging and not expected:
         return unknown(f"nothing was logged, and {', '.join(sorted(logging))} must have logged", **figures)
     if items < expected:
