@@ -13,6 +13,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from google.protobuf.json_format import MessageToDict
 from pydantic import ValidationError
 
 from testbed.errors import MachineCannotError, RunBrokenError, UsageError
@@ -97,6 +98,11 @@ class ByHand:
             ) as error:  # a host that a fault killed: told, seen in the status, and judged
                 session.history.note("cannot_go_on", host=session.here, reason=str(error))
         return {"session": str(session.run_dir.path), "leg": number, "outcome": outcome}
+
+    def measure_dirty_rate(self, period_ms: int, periods: int) -> dict[str, Any]:
+        """How the guest writes, where it is. Raises RunBrokenError."""
+        host = self._session.hosts.hosts[self._session.here]
+        return {"reply": MessageToDict(host.client.measure_dirty_rate(period_ms, periods))}
 
     def cancel(self) -> dict[str, Any]:
         """Asks the migration under way to stop. Raises RunBrokenError when there is none."""

@@ -170,33 +170,33 @@ def compare(
 
 @app.command()
 def dirtyrate(
-    scenario: ScenarioPath,
+    scenario: Annotated[
+        Path | None, typer.Argument(metavar="SCENARIO.toml", help="See scenarios/; or --session.")
+    ] = None,
     *,
+    session_dir: Annotated[
+        Path | None,
+        typer.Option("--session", metavar="DIR", help="Of a standing session, instead of a scenario."),
+    ] = None,
     period: Annotated[str, typer.Option("--period", help="Of one sample.")] = "250ms",
     periods: Annotated[int, typer.Option("--periods", min=1, help="How many samples.")] = 8,
     rate: Annotated[
         str, typer.Option("--rate", help="What the link carries, where migration.bandwidth is no limit.")
     ] = "",
     overrides: Overrides = None,
-    hosts: Annotated[str | None, typer.Option("--hosts", help="local; overrides hosts.kind.")] = None,
+    hosts: Annotated[str | None, typer.Option("--hosts", help="Overrides hosts.kind.")] = None,
     out: Out = RUNS,
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how fast a scenario's guest dirties memory, and predict its migration for each arm."""
+    """Measure how fast a guest dirties memory, and predict its migration for each arm."""
     with _told():
-        from testbed.dirty_rate import dirty_rate_report, parsed_period_ms, parsed_rate, run_dirty_rate
-        from testbed.interrupt import Interrupt
-        from testbed.progress import display
-        from testbed.scenario_file import load
+        from testbed.dirty_rate import dirty_rate_report, measured_rate
 
-        chosen = load(scenario, overrides or (), _unnamed(seed, hosts))
-        period_ms, told = parsed_period_ms(period), parsed_rate(rate)
-        with Interrupt() as interrupt, display() as shown:
-            measured = run_dirty_rate(
-                chosen, out, interrupt, shown.begin(chosen.name),
-                period_ms=period_ms, periods=periods, rate_bytes_per_s=told,
-            )  # fmt: skip
+        measured = measured_rate(
+            scenario, session_dir, _unnamed(seed, hosts), overrides or (),
+            out=out, period=period, periods=periods, rate=rate,
+        )  # fmt: skip
         if as_json:
             _print_json(measured.to_dict())
         else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from google.protobuf.json_format import ParseDict
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -18,23 +19,27 @@ from rich.text import Text
 
 from migration.events import Skip
 from migration.model import RATE_BYTES_PER_S_ASSUMED, Conditions, DirtyCurve, GuestPages, Prediction, predict
+from migration.pb import node_pb2
 from testbed.errors import RunBrokenError, UsageError
+from testbed.interrupt import Interrupt
 from testbed.predicted import limits_of
+from testbed.progress import display
 from testbed.run import record_run
-from testbed.run_dir import write_json
+from testbed.run_dir import RunDir, write_json
+from testbed.scenario import Scenario
+from testbed.scenario_file import load
+from testbed.standing import ask, choose, manifest_of
 from testbed.units import PAGE_BYTES, format_bytes, format_ms, parse_duration_ms, parse_rate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from rich.console import RenderableType
 
-    from migration.pb import node_pb2
     from testbed.history import Event
-    from testbed.interrupt import Interrupt
-    from testbed.scenario import Scenario
     from testbed.session import Session
+    from testbed.standing import StandingSession
 
 RESULT = "dirty_rate.json"
 
@@ -108,6 +113,45 @@ def _parsed(option: str, parse: Callable[[object], int], text: str) -> int:
         raise UsageError(f"{option}: {error}") from error
 
 
+def measured_rate(
+    scenario: Path | None,
+    session_dir: Path | None,
+    fixed: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    out: Path,
+    period: str,
+    periods: int,
+    rate: str,
+) -> DirtyRate:
+    """What the command asks for: of a scenario's guest, which is booted for it, or of a standing session's.
+
+    Raises:
+        UsageError: both, or neither, or a session with options that only a scenario has. Else as the two below.
+    """
+    period_ms, rate_bytes_per_s = parsed_period_ms(period), parsed_rate(rate)
+    if scenario is None:
+        if session_dir is None or fixed or overrides:
+            raise UsageError("give a SCENARIO.toml, or --session DIR without --set, --hosts and --seed")
+        session = choose(session_dir)
+        return session_dirty_rate(
+            session, period_ms=period_ms, periods=periods, rate_bytes_per_s=rate_bytes_per_s
+        )
+    if session_dir is not None:
+        raise UsageError("a scenario and --session DIR: measure one or the other")
+    chosen = load(scenario, overrides, fixed)
+    with Interrupt() as interrupt, display() as shown:
+        return run_dirty_rate(
+            chosen,
+            out,
+            interrupt,
+            shown.begin(chosen.name),
+            period_ms=period_ms,
+            periods=periods,
+            rate_bytes_per_s=rate_bytes_per_s,
+        )
+
+
 def run_dirty_rate(
     scenario: Scenario,
     out: Path,
@@ -136,6 +180,16 @@ def run_dirty_rate(
     found = foreseen(scenario, replies[0], rate_bytes_per_s, str(run_dir.path))
     write_json(run_dir.path / RESULT, found.to_dict())
     return found
+
+
+def session_dirty_rate(
+    session: StandingSession, *, period_ms: int, periods: int, rate_bytes_per_s: int
+) -> DirtyRate:
+    """Measures the guest of a standing session, where it is. Raises as `standing.ask`."""
+    answer = ask(session, {"command": "dirty_rate", "period_ms": period_ms, "periods": periods})
+    reply = ParseDict(answer["reply"], node_pb2.DirtyRateReply())
+    scenario = Scenario.model_validate(manifest_of(RunDir(session.run_dir))["scenario"])
+    return foreseen(scenario, reply, rate_bytes_per_s, str(session.run_dir))
 
 
 def foreseen(

@@ -173,6 +173,9 @@ class Keeper:
                         return hands.migrate(request["to"], request["overrides"], request["expect"])
                     finally:
                         self._voices.remove(voice)
+            case "dirty_rate":
+                with _only_one(self._busy, "a migration is under way: it reads the dirty log"):
+                    return hands.measure_dirty_rate(request["period_ms"], request["periods"])
             case "cancel":
                 return hands.cancel()
             case "resolve":

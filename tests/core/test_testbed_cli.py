@@ -178,5 +178,21 @@ def test_help_names_every_command_and_is_quick_to_import():
     assert done.stdout.strip() == "[]"
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in ("demo", "run", "compare", "check", "doctor", "clean"):
+    for command in ("demo", "run", "compare", "dirtyrate", "check", "doctor", "clean"):
         assert command in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ((), "give a SCENARIO.toml"),
+        (("scenarios/idle.toml", "--session", "runs"), "measure one or the other"),
+        (("--session", "runs", "--seed", "3"), "give a SCENARIO.toml"),
+        (("scenarios/idle.toml", "--period", "soon"), "--period"),
+        (("scenarios/idle.toml", "--rate", "fast"), "--rate"),
+    ],
+)
+def test_a_dirty_rate_is_of_a_scenario_or_of_a_session(words, complaint):
+    result = invoke("dirtyrate", *words)
+    assert result.exit_code == 2
+    assert complaint in result.stderr

@@ -42,6 +42,10 @@ def test_a_session_from_up_to_down(ballast):
     assert (there["outcome"], there["result"]["verdict"]) == ("completed", "valid")
     assert there["result"]["account"]["problems"] == []
 
+    rate = ballast.json("dirtyrate", *mine, "--periods", "2", "--period", "20ms")
+    assert rate["run_dir"] == str(session)
+    assert set(rate["predictions"]) == {"none", "zero", "hint", "both"}
+
     added = ballast.json("fault", "add", "pause", "host=b", "what=guest_agent", *mine)
     assert [fault["kind"] for fault in ballast.json("fault", "list", *mine)["faults"]] == ["pause"]
     agent = next(host["agent_pid"] for host in status["hosts"] if host["host"] == "b")
