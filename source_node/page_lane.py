@@ -229,7 +229,8 @@ class PageLane:
             if not self._wait_for_turn(call, len(chunk.message)):
                 return
             message, chunk = chunk.message, self._next_chunk(call, chunks, part)
-            self._count(message)
+            if not self._count(call, message):
+                return
             yield message
 
     def _next_chunk(
@@ -260,7 +261,8 @@ class PageLane:
                 return
             message = self._reader.marker(self._numbers, marker.round_index).message
             self._kept.append(_NO_PFNS)
-        self._count(message)
+        if not self._count(call, message):
+            return
         yield message
         if self._acknowledged(call, 0):
             with self._reading:
@@ -269,10 +271,15 @@ class PageLane:
                 self._done(marker)
             self._owner.lane_acknowledged()
 
-    def _count(self, message: bytes) -> None:
-        self.sent += 1
-        self.messages += 1
-        self.grpc_bytes += len(message) + GRPC_PREFIX_BYTES
+    def _count(self, call: OpenCall, message: bytes) -> bool:
+        """Book a message that goes now; False when the call is over: a rewind has seen to it that it goes again."""
+        with self._reading:
+            if not self._live(call):
+                return False
+            self.sent += 1
+            self.messages += 1
+            self.grpc_bytes += len(message) + GRPC_PREFIX_BYTES
+            return True
 
     def _wait_for_turn(self, call: OpenCall, message_bytes: int) -> bool:
         """Wait for room in the window and for the bandwidth's next slot; False when the call is over."""
