@@ -230,6 +230,10 @@ class MigrationRun:
             # Its RAM and its vCPU state were in that process: there is nothing left that anybody could run.
             outcome = do.EndMigration("guest_lost", outcome.reason, do.Cause.HOST)
         missing: list[str] = []
+        if outcome.outcome not in ("completed", "guest_lost"):
+            # Whatever kept the machine from its last orders: a guest that stays here is not left starved.
+            _or_missing("throttle lifted", shell.lift_throttle, missing)
+            _or_missing("hints done", shell.say_done, missing)
         byte_counts = _or_missing("bytes", shell.byte_counts, missing) or {}
         _or_missing("release", shell.release, missing)
         if outcome.outcome == "completed":

@@ -89,6 +89,7 @@ class SourceShell:
         self._prepare = migration_pb2.PrepareRequest()
         self._vcpu_state = b""
         self._last_round: dict[str, object] = {}
+        self._hints_asked = False  # and the guest was not told DONE yet: it keeps its hinted pages back
 
     def hinted(self, report: told.HintsReported) -> None:
         """Called with every report before the machine sees it."""
@@ -184,8 +185,7 @@ class SourceShell:
                 self.hint_rule.hinted(closed.last)
                 self._post(closed)
             case do.EndHints():
-                self._host.balloon.hints_done()
-                self._host.events.add("hints_done")
+                self._end_hints()
             case do.ArmTimer(timer, delay_ms):
                 self.timers[timer] = now_ns() + delay_ms * 1_000_000
             case do.DisarmTimer(timer):
@@ -292,8 +292,14 @@ class SourceShell:
             self._post_first(told.HintsReported(0, stopped=True))
             self._post_first(told.HintsOpened(0))
             return
+        self._hints_asked = True
         self._hint_log.opened(command_id, index)
         self._post_first(told.HintsOpened(command_id))  # before what the guest answered meanwhile
+
+    def _end_hints(self) -> None:
+        self._host.balloon.hints_done()
+        self._hints_asked = False
+        self._host.events.add("hints_done")
 
     def _harvest(self) -> None:
         assert self._tracker is not None, "tracking was not started"
@@ -428,6 +434,17 @@ class SourceShell:
         """The `bytes` of the result, while the connection can still be asked."""
         self._tell_last_round()  # of an attempt that ended between its last page and Prepare
         return self.wire.totals(self._machine.ledger, self.stream, self._destination)
+
+    def lift_throttle(self) -> None:
+        """Where the machine cannot any more: without a journal its orders are not carried out. Idempotent."""
+        if self.throttle.percent:
+            self.throttle.set(0)
+            self._host.events.add("throttled", percent=0)
+
+    def say_done(self) -> None:
+        """As `lift_throttle`: a guest that was asked for hints has its pages back. Idempotent."""
+        if self._hints_asked:
+            self._end_hints()
 
     def release(self) -> None:
         """Close what was opened. Idempotent."""
