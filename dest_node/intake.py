@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, assert_never
 
 import structlog
 
+from dest_node.outcomes import IntakeRefused, Outcomes
 from dest_node.page_receiver import PageReceiver
 from dest_node.reached import reach_after, reach_before
-from dest_node.recovery import committed_image, last_given_epoch
+from dest_node.recovery import aborted_image, committed_image, last_given_epoch
 from host.ballooned import give_back
 from host.clock import now_ns
 from host.errors import AgentError, AgentLost, HostError
@@ -40,15 +41,10 @@ if TYPE_CHECKING:
 SILENCE_S = 10.0  # Prepare follows the last page, and the stream follows Open, within milliseconds
 # No chunk on any open stream: twice what a node is held at a point, and far more than a guest is waited for.
 STREAM_SILENCE_S_MAX = 120.0
-OUTCOMES_MAX = 10_000  # attempts that no source has said Forget of: they are kept, so there must be an end
 TAKE_OVER_S_MAX = 10.0  # one request to the agent, and a file of 8 bytes a page
 JOIN_TIMEOUT_S = 10.0  # a writer stores one chunk in about a millisecond; it ends before it takes another
 
 log = structlog.get_logger()
-
-
-class IntakeRefused(HostError):
-    """This host cannot take the guest in; the message says why."""
 
 
 @dataclass(slots=True)
@@ -66,6 +62,7 @@ class Intake:
         self._host = host
         self._lock = threading.Lock()
         self._machine = DestMachine()
+        self._outcomes = Outcomes(host.journal, host.name)
         self._receiver: PageReceiver | None = None
         self._fresh: HostRam | None = None  # for the attempt that is being opened
         self._asked = 1, "full", 0  # of that attempt: streams, integrity, link_timeout_ms
@@ -108,7 +105,7 @@ class Intake:
             if resume:
                 return self._resume(told.OpenRequested(key, memory_bytes, resume=True))
             if key != self._machine.key:
-                self._check_new(key)
+                self._outcomes.check_new(key)
                 self._check_room(memory_bytes)
             idle = self._receiver is None or not self._receiver.streaming
             # Made beforehand, so that a host without memory refuses before anything has changed. It is all hole.
@@ -197,14 +194,14 @@ class Intake:
         """The decision; `resolution` says why an operator makes it where the source cannot."""
         with self._lock:
             self._resolution = resolution
-            if key != self._machine.key and (answer := self._recorded(key)) is not None:
+            if key != self._machine.key and (answer := self._outcomes.answer(key)) is not None:
                 return answer
             return self._drive(told.CommitRequested(key, digest))
 
     def abort(self, key: AttemptKey, reason: str) -> do.Reply:
         """The source gives up."""
         with self._lock:
-            if key != self._machine.key and (answer := self._recorded(key)) is not None:
+            if key != self._machine.key and (answer := self._outcomes.answer(key)) is not None:
                 return answer
             return self._drive(told.AbortRequested(key, reason))
 
@@ -212,8 +209,7 @@ class Intake:
         """The source knows the outcome."""
         with self._lock:
             if key != self._machine.key:
-                if self._recorded(key) is not None:
-                    self._host.journal.forget(key, "dest")
+                self._outcomes.forget(key)
             elif self._machine.allows(told.ForgetRequested):
                 self._drive(told.ForgetRequested(key))
 
@@ -234,17 +230,19 @@ class Intake:
             self._host.events.add("aborted", attempt=str(entry.key), reason=why)
 
     def recover_guest(self) -> None:
-        """Run what was committed; have the agent drop an image that was not."""
-        guest = self._host.guest
-        hello = guest.hello()
-        entry = committed_image(self._host.journal.entries("dest"), hello)
-        if entry is None:
-            if hello.state == "restored":
+        """Run what was committed; have the agent drop an image whose attempt was aborted."""
+        with self._lock:
+            guest, entries = self._host.guest, self._host.journal.entries("dest")
+            hello = guest.hello()
+            if (entry := committed_image(entries, hello)) is not None:
+                if hello.state == "restored":
+                    self._start(entry.key)
+                self._host.balloon.hints_done()
+            elif aborted_image(entries, hello) is not None:
                 guest.link.discard()
-            return
-        if hello.state == "restored":
-            self._start(entry.key)
-        self._host.balloon.hints_done()
+            elif hello.state == "restored":
+                self._host.events.add("image_unexplained", guest_epoch=hello.guest_epoch)
+            self._outcomes.guest_recovered()
 
     def stood_by(self) -> None:
         """The guest that ran here was given away and is let go of: another one may come."""
@@ -338,25 +336,7 @@ class Intake:
             journal.move(key, "dest", {"RECEIVING", "PREPARED"}, state.value, detail=command.reason)
         return told.StateRecorded(state)
 
-    def _recorded(self, key: AttemptKey) -> do.Reply | None:
-        """What the journal knows of an attempt that is not at hand any more."""
-        entry = self._host.journal.get(key, "dest")
-        answers = {"ABORTED": told.Answer.ABORTED, "COMMITTED": told.Answer.COMMITTED}
-        if entry is None or entry.state not in answers:
-            return None
-        return do.Reply(answers[entry.state], entry.detail)
-
     # -- orders --------------------------------------------------------------------------------
-
-    def _check_new(self, key: AttemptKey) -> None:
-        journal = self._host.journal
-        if (entry := journal.get_any_epoch(key, "dest")) is not None:
-            raise IntakeRefused(f"attempt {entry.key} was {entry.state} here before")
-        if journal.count("dest") >= OUTCOMES_MAX:
-            raise IntakeRefused(
-                f"host {self._host.name} keeps the outcomes of {OUTCOMES_MAX} attempts: "
-                "their sources have to say Forget before another one comes"
-            )
 
     def _check_room(self, memory_bytes: int) -> None:
         guest, limit = self._host.guest, self._host.guest_memory_bytes_max

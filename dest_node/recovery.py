@@ -27,6 +27,14 @@ def committed_image(entries: Sequence[Entry], hello: Hello) -> Entry | None:
     return next((entry for entry in mine if entry.state == "COMMITTED"), None)
 
 
+def aborted_image(entries: Sequence[Entry], hello: Hello) -> Entry | None:
+    """The attempt that left the agent an image that nobody may run: the newest of its epoch, if it was aborted."""
+    if hello.state != "restored":
+        return None
+    newest = next((entry for entry in reversed(entries) if entry.key.guest_epoch == hello.guest_epoch), None)
+    return newest if newest is not None and newest.state == "ABORTED" else None
+
+
 def last_given_epoch(source_entries: Sequence[Entry]) -> int:
     """The newest epoch that this host gave away; 0 when it gave none."""
     given = (entry.key.guest_epoch for entry in source_entries if entry.state == "COMPLETED")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 import structlog
 
-from dest_node.intake import IntakeRefused, StreamEnd
+from dest_node.intake import StreamEnd
+from dest_node.outcomes import IntakeRefused
 from dest_node.requests import check_open, check_prepare, key_of, line
 from host.errors import AgentError, AgentLost, HostError, JournalConflict
 from migration.errors import ProtocolError, RemoteProtocolError

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 import numpy as np
 
+from dest_node.outcomes import Outcomes
 from dest_node.page_receiver import PageReceiver
-from dest_node.recovery import committed_image, last_given_epoch
+from dest_node.recovery import aborted_image, committed_image, last_given_epoch
 from migration import commands as do
 from migration import events as told
 from migration.codec import decode_chunk, image_digest
@@ -49,6 +50,8 @@ class SimIntake:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.machine = DestMachine()
+        journal: Any = node.journal  # with the same fields as the real one
+        self._outcomes = Outcomes(journal, node.name)
         self.receiver: PageReceiver | None = None
         self.received: tuple[Prepare, PageReceiver] | None = None
         self._fresh: tuple[SimRam, int] | None = None
@@ -107,30 +110,22 @@ class SimIntake:
 
     def commit(self, key: AttemptKey, digest: int) -> do.Reply:
         """The decision."""
-        if key != self.machine.key and (answer := self._recorded(key)) is not None:
+        if key != self.machine.key and (answer := self._outcomes.answer(key)) is not None:
             return answer
         return self._drive(told.CommitRequested(key, digest))
 
     def abort(self, key: AttemptKey, reason: str) -> do.Reply:
         """The source gives up."""
-        if key != self.machine.key and (answer := self._recorded(key)) is not None:
+        if key != self.machine.key and (answer := self._outcomes.answer(key)) is not None:
             return answer
         return self._drive(told.AbortRequested(key, reason))
 
     def forget(self, key: AttemptKey) -> None:
         """The source knows the outcome."""
         if key != self.machine.key:
-            if self._recorded(key) is not None:
-                self.node.journal.forget(key, "dest")
+            self._outcomes.forget(key)
         elif self.machine.allows(told.ForgetRequested):
             self._drive(told.ForgetRequested(key))
-
-    def _recorded(self, key: AttemptKey) -> do.Reply | None:
-        entry = self.node.journal.get(key, "dest")
-        answers = {"ABORTED": told.Answer.ABORTED, "COMMITTED": told.Answer.COMMITTED}
-        if entry is None or entry.state not in answers:
-            return None
-        return do.Reply(answers[entry.state], entry.detail)
 
     # -- streams -------------------------------------------------------------------------------
 
@@ -230,13 +225,13 @@ class SimIntake:
         hello: Any = SimpleNamespace(state=state.value, guest_epoch=agent.epoch)
         entries: Any = self.node.journal.entries("dest")  # with the same fields as the real journal's
         entry = committed_image(entries, hello)
-        if entry is None:
+        if entry is not None:
             if state is State.RESTORED:
-                agent.discard()
-            return
-        if state is State.RESTORED:
-            agent.run(entry.key.next_epoch)
-        self.node.balloon.hints_done()
+                agent.run(entry.key.next_epoch)
+            self.node.balloon.hints_done()
+        elif aborted_image(entries, hello) is not None:
+            agent.discard()
+        self._outcomes.guest_recovered()
 
     def stood_by(self) -> None:
         """What ran here was given away and is let go of: another guest may come."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dest_node.outcomes import IntakeRefused
 from migration.errors import RemoteProtocolError
 
 
@@ -37,4 +38,4 @@ class CallRefused(Exception):
     """The destination answered a call with no."""
 
 
-REFUSALS = (CallRefused, RemoteProtocolError, AgentRefused, AgentGone, JournalRefused)
+REFUSALS = (CallRefused, IntakeRefused, RemoteProtocolError, AgentRefused, AgentGone, JournalRefused)

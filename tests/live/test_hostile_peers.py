@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dest_node import intake
+from dest_node import intake, outcomes
 from dest_node.requests import LINK_TIMEOUT_MS_MAX, MIGRATION_CHARACTERS_MAX, VCPU_STATE_BYTES_MAX
 from host.__main__ import CALLS_MAX
 from migration.codec import Packing
@@ -287,7 +287,7 @@ def test_a_half_closed_stream_proves_nothing_and_ends_in_time(bed, monkeypatch):
 
 
 def test_floods_of_attempts_cost_bounded_memory_threads_and_descriptors(bed, monkeypatch):
-    monkeypatch.setattr(intake, "OUTCOMES_MAX", 100)
+    monkeypatch.setattr(outcomes, "OUTCOMES_MAX", 100)
     bed.open(key(migration="warm"))
     rss, threads, fds = PROCESS.memory_info().rss, threading.active_count(), PROCESS.num_fds()
     for number in range(300):
