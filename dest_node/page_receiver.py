@@ -9,6 +9,8 @@ Rule 4: every stream has its own sequence, and its own lock, held while one of i
 Rule 5: a call becomes its stream by its first chunk. `join_streams` returns only when nothing is being stored and
         nothing of the calls that were open can be any more; new calls go on from `stored_below`. After `join` there
         are none.
+Rule 6: what comes by a call that is over, or of a connection that was given up, is no refused chunk: nobody sent it
+        wrongly, and it is not stored.
 """
 
 from __future__ import annotations
@@ -36,17 +38,31 @@ if TYPE_CHECKING:
 COMPARED_PAGES = 1 << 16
 
 
+class StreamOver(RemoteProtocolError):
+    """The chunk came by a call that is over, see Rule 6."""
+
+
+@dataclass(eq=False, slots=True)
+class Connection:
+    """What the calls have in common that were begun between two joins."""
+
+    joined: bool = False
+
+
 @dataclass(eq=False, slots=True)
 class PageStreamIn:
-    """One open call, and how to end it. Its stream is known from its first chunk on.
-
-    `joined`: its connection was lost, nothing of it counts any more.
-    """
+    """One call, and how to end it. Its stream is known from its first chunk on."""
 
     cut: Callable[[], object]
-    joined: bool = False
+    connection: Connection
+    over: bool = False
     unpack_cpu_ns: int = 0
     lane: Lane | None = None
+
+    @property
+    def joined(self) -> bool:
+        """Whether its connection was given up, also where the call itself was over before: nothing of it counts."""
+        return self.connection.joined
 
 
 @dataclass(eq=False, slots=True)
@@ -72,6 +88,7 @@ class PageReceiver:
         self._known_zero = np.ones(ram.pages, np.bool_)
         self._lanes = [Lane(index) for index in range(streams)]
         self._open: set[PageStreamIn] = set()
+        self._connection = Connection()
         self._changing = threading.Lock()  # of `_open`, `_closed`, and which call is whose
         self._closed = False
 
@@ -106,7 +123,7 @@ class PageReceiver:
                 raise RemoteProtocolError("this attempt takes no more pages")
             if len(self._open) == len(self._lanes):
                 raise RemoteProtocolError("there is a page stream already", streams=len(self._lanes))
-            stream = PageStreamIn(cut)
+            stream = PageStreamIn(cut, self._connection)
             self._open.add(stream)
             return stream
 
@@ -116,6 +133,7 @@ class PageReceiver:
             self.unpack_cpu_ns += stream.unpack_cpu_ns
             stream.unpack_cpu_ns = 0
             self._open.discard(stream)
+            stream.over = True
             if stream.lane is not None and stream.lane.call is stream:
                 stream.lane.call = None
 
@@ -129,8 +147,8 @@ class PageReceiver:
             self._open.clear()
             for lane in self._lanes:
                 lane.call = None
-            for call in calls:
-                call.joined = True
+            self._connection.joined = True
+            self._connection = Connection()
         for call in calls:
             call.cut()
         return self._stored(timeout_s)
@@ -165,6 +183,7 @@ class PageReceiver:
         """Check one chunk of a call and store it.
 
         Raises:
+            StreamOver: the call is over; nothing of it was stored.
             RemoteProtocolError: it is not what Rule 1 asks for; nothing of it was stored.
             OSError: this host cannot store it (memory).
         """
@@ -186,18 +205,16 @@ class PageReceiver:
 
     def _bind(self, stream: PageStreamIn, index: int) -> Lane:
         with self._changing:
+            _check_alive(stream)
             if not index < len(self._lanes) or self._lanes[index].call is not None:
                 raise RemoteProtocolError("no such page stream, or it is open already", stream=index)
-            if stream not in self._open:
-                raise RemoteProtocolError("the chunk is of a connection that was given up", stream=index)
             stream.lane = self._lanes[index]
             stream.lane.call = stream
             return stream.lane
 
     def _store(self, stream: PageStreamIn, lane: Lane, chunk: DecodedChunk) -> None:
         header = chunk.header
-        if stream.joined:
-            raise RemoteProtocolError("the chunk is of a connection that was given up", stream=lane.index)
+        _check_alive(stream)
         if (
             self._closed
             or lane.call is not stream
@@ -249,3 +266,10 @@ class PageReceiver:
             if len(wrong):
                 return start + int(wrong[0])
         return None
+
+
+def _check_alive(stream: PageStreamIn) -> None:
+    if stream.joined:
+        raise StreamOver("the chunk is of a connection that was given up")
+    if stream.over:
+        raise StreamOver("the chunk is of a call that is over")

@@ -18,6 +18,7 @@ import structlog
 
 from dest_node.intake import StreamEnd
 from dest_node.outcomes import IntakeRefused
+from dest_node.page_receiver import StreamOver
 from dest_node.requests import check_open, check_prepare, key_of, line
 from host.errors import AgentError, AgentLost, HostError, JournalConflict
 from migration.errors import ProtocolError, RemoteProtocolError
@@ -124,6 +125,10 @@ class MigrationServicer:
             return
         try:
             yield from self._store(receiver, stream, messages)
+        except (
+            StreamOver
+        ):  # it broke while a chunk was at hand: `over` has told, or a join has made it meaningless
+            return
         except ProtocolError as error:
             ending.refused = f"bad page chunk: {' '.join(str(error).split())}"
             abort(context, grpc.StatusCode.INVALID_ARGUMENT, ending.refused)
