@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from host.roles import Role
 
 CONTROL_THREADS = 16  # a Watch occupies one for as long as it lasts
-# Every page stream occupies one for as long as it lasts; the rest are for control calls, and for streams that end.
-MIGRATION_THREADS = STREAMS_MAX + 8
+CONTROL_CALLS_MAX = 8  # Open, Prepare, Commit, Abort, Forget of the attempt at hand and of those before it
+# Every page stream occupies one for as long as it lasts. After a loss that this end has not noticed the streams of
+# the old connection still have theirs when Open(resume), and then the new ones, come.
+MIGRATION_THREADS = 2 * STREAMS_MAX + CONTROL_CALLS_MAX
 CALLS_MAX = (
     64  # under way or waiting for a thread, per server: beyond it a call is RESOURCE_EXHAUSTED at once
 )

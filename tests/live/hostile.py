@@ -114,6 +114,8 @@ class HostileBed:
         )  # fmt: skip
         self.intake = self._servicer._intake = Intake(host)
         self._servicer._arrivals = Arrivals(self.events)
+        self.intake.recover_journal()
+        self.intake.recover_guest()  # as a node does once it has found its agent
         return host
 
     def fresh(self):
