@@ -1,13 +1,14 @@
 """`python -m tests.fuzz [TARGET …] --seconds N`: the coverage-guided fuzzer (atheris, dependency group `fuzz`).
 
 Starts from tests/fuzz/corpus/TARGET. An input that breaks a target is left in the working directory as crash-…:
-make it a file of the corpus, with the name of what it shows, and fix what it found. With `--grow` inputs that reach
-what the corpus does not are added to it.
+make it a file of the corpus, with the name of what it shows, and fix what it found. With `--grow` some of
+the inputs that reach what the corpus does not are added to it.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 
 CORPUS = Path(__file__).parent / "corpus"
 INPUT_SECONDS_MAX = 5  # one input takes about a millisecond
+GROWTH_MAX = 20  # inputs per run and target: the corpus stays small
 MEMORY_MIB_MAX = 1024  # of the fuzzer; a target itself needs some MiB
 
 
@@ -33,6 +35,13 @@ def run(target: str, arguments: list[str]) -> int:
     """The same in a process of its own."""
     command = [sys.executable, "-m", "tests.fuzz", "--inside", target, "--", *arguments]
     return subprocess.run(command, check=False).returncode
+
+
+def grow(corpus: Path, found: Path) -> None:
+    """Adds the newest of what reached something new: these reached farthest."""
+    newest = sorted(found.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in newest[:GROWTH_MAX]:
+        shutil.copyfile(path, corpus / path.name[:16])
 
 
 def main() -> int:

@@ -1,6 +1,8 @@
 """Guest RAM as a front-end shares it: what is mapped, sealed, refused, and given back."""
 
+import fcntl
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,50 @@ def test_a_descriptor_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(VhostUserError, match="cannot be mapped"):
         GuestRegion(os.open(tmp_path / "ram", os.O_RDONLY), 0, PAGE)
     assert fds() == before
+
+
+def no_memory(kind, tmp_path):
+    """Descriptors that are not guest RAM, of 16 pages where they have a size at all."""
+    if kind.startswith("sealed"):
+        fd = memfd(16)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+        return fd
+    if kind == "a path only":
+        (tmp_path / "ram").write_bytes(bytes(16 * PAGE))
+        return os.open(tmp_path / "ram", os.O_PATH)
+    if kind == "a pipe":
+        reader, writer = os.pipe()
+        os.close(writer)
+        return reader
+    if kind == "a socket":
+        return socket.socket(socket.AF_UNIX).detach()
+    places = {"a directory": tmp_path, "a device of zeros": "/dev/zero", "a file of /proc": "/proc/self/mem"}
+    if kind in places:
+        return os.open(places[kind], os.O_RDONLY if kind == "a directory" else os.O_RDWR)
+    return {"an event": lambda: os.eventfd(0)}[kind]()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "sealed against writing", "a path only", "a pipe", "a socket", "a directory", "a device of zeros",
+        "a file of /proc", "an event",
+    ],
+)  # fmt: skip
+def test_a_descriptor_of_another_kind_is_refused_and_closed(tmp_path, kind):
+    before = fds()
+    with pytest.raises(VhostUserError, match="region"):
+        GuestRegion(no_memory(kind, tmp_path), 0, 16 * PAGE)
+    assert fds() == before
+
+
+@pytest.mark.parametrize(("seal", "kept"), [(fcntl.F_SEAL_SHRINK, True), (fcntl.F_SEAL_SEAL, False)])
+def test_memory_that_was_sealed_by_its_owner_is_served_as_what_it_is(seal, kept):
+    fd = memfd(16)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seal)
+    region = GuestRegion(fd, 0, 16 * PAGE)
+    assert region.sealed is kept
+    region.close()
 
 
 def test_punched_runs_read_as_zero_and_the_rest_stays():
