@@ -14,6 +14,7 @@ import re
 import sys
 import tokenize
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -172,6 +173,7 @@ def _timed(name: str, node: ast.Call) -> bool:
     return len(node.args) + len(node.keywords) >= needed
 
 
+@cache
 def collect() -> Collected:
     """Everything, in the order of the packages."""
     collected = Collected()

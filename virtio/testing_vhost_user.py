@@ -11,6 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from virtio.balloon import QUEUE_COUNT, BalloonConfig
+from virtio.errors import RemoteProtocolError
 from virtio.ring_layout import layout_at
 from virtio.split_ring import DeviceRing
 from virtio.vhost_user import (
@@ -72,20 +73,30 @@ class MockBackend:
         assert not self.open_fds, self.open_fds
 
     def _execute(self, effects: list[Effect]) -> None:
-        for effect in effects:
+        """In order; what a failing effect leaves undone is closed, as a real back-end has to."""
+        for done, effect in enumerate(effects, 1):
             self.log.append(effect)
-            if isinstance(effect, Reply):
-                self.replies.append(effect.data)
-            elif isinstance(effect, StartRing):
-                self.rings[effect.index] = DeviceRing(self.memory, effect.layout, next_avail=effect.base)
-            elif isinstance(effect, StopRing):
-                ring = self.rings.pop(effect.index, None)  # none where it lay in no guest's memory
-                if not self.session.failed and ring is not None:  # `disconnected` wants no answer
-                    self._execute(self.session.ring_stopped(effect.index, ring.next_avail))
-            elif isinstance(effect, MapRegion | BackendChannel):
-                self.open_fds.remove(effect.fd)
-            elif isinstance(effect, CloseFds):
-                self.open_fds -= set(effect.fds)
+            try:
+                self._do(effect)
+            except RemoteProtocolError:
+                for undone in effects[done:]:
+                    if isinstance(undone, MapRegion | BackendChannel | CloseFds):
+                        self._do(undone)
+                raise
+
+    def _do(self, effect: Effect) -> None:
+        if isinstance(effect, Reply):
+            self.replies.append(effect.data)
+        elif isinstance(effect, StartRing):
+            self.rings[effect.index] = DeviceRing(self.memory, effect.layout, next_avail=effect.base)
+        elif isinstance(effect, StopRing):
+            ring = self.rings.pop(effect.index, None)  # none where it lay in no guest's memory
+            if not self.session.failed and ring is not None:  # `disconnected` wants no answer
+                self._execute(self.session.ring_stopped(effect.index, ring.next_avail))
+        elif isinstance(effect, MapRegion | BackendChannel):
+            self.open_fds.remove(effect.fd)
+        elif isinstance(effect, CloseFds):
+            self.open_fds -= set(effect.fds)
 
 
 class JoinedSessions:

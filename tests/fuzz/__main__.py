@@ -81,9 +81,7 @@ def main() -> int:
             print(f"fuzzing {target} for {options.seconds} s", flush=True)  # noqa: T201
             worst = max(worst, run(target, [*limits, scratch, str(CORPUS / target)]) != 0)
             if options.grow and not worst:
-                run(
-                    target, ["-merge=1", f"-max_len={INPUT_BYTES_MAX[target]}", str(CORPUS / target), scratch]
-                )
+                grow(CORPUS / target, Path(scratch))
     return worst
 
 
