@@ -102,7 +102,7 @@ class Counts:
         if not told or "tcp" not in told:
             return None
         rounds = [event.fields for event in record.rounds]
-        received = record.last("wire_received", "dest") or record.last("round_received", "dest")
+        received = [*record.arrived("round_received"), *record.arrived("wire_received")]
         payload = int(told["payload"])
         return cls(
             payload=payload,
@@ -119,7 +119,7 @@ class Counts:
             ip_version=int(told.get("ip_version", 4)),
             interface=told.get("interface"),
             others=told.get("others") or {},
-            dest=received.fields if received is not None else None,
+            dest=received[-1].fields if received else None,
         )
 
 
@@ -133,14 +133,14 @@ def account_of(record: RunRecord) -> Account | None:
         *account.problems,
         *_link_problems(account, counts, offload=record.scenario.link.offload),
         *_outside_problems(record),
+        *_missing_witnesses(record, counts),
     ]
     return account.model_copy(update={"problems": problems})
 
 
 def dest_bytes_of_rounds(record: RunRecord) -> dict[int, int]:
     """What reached the destination's interfaces in each round of the newest attempt, by the round's index."""
-    received = list(record.all("round_received", "dest"))
-    newest = [event.fields for event in received if event.fields["attempt"] == received[-1].fields["attempt"]]
+    newest = [event.fields for event in record.arrived("round_received")]
     ends = {int(fields["round"]): int(fields["rx_bytes"]) for fields in newest}  # of several streams the last
     before = dict(zip(list(ends)[1:], list(ends.values())[:-1], strict=True))
     return {index: end - before.get(index, 0) for index, end in ends.items()}
@@ -342,12 +342,37 @@ def _outside_problems(record: RunRecord) -> Iterator[str]:
     """The same counters read from outside the hosts (meters.py) may not say less than the nodes do."""
     ended = record.ended
     interface = ended.fields["bytes"].get("interface") if ended is not None else None
-    seen = record.last("wire_seen", "testbed")
-    if interface is None or seen is None:
-        return
-    counted = seen.fields.get("hosts", {}).get("source")
-    if counted is None or counted.get("interfaces_gone"):
+    counted = _seen_from_outside(record)
+    if interface is None or counted is None or counted.get("interfaces_gone"):
         return  # an interface that went took counts with it that only the node heard of
     inside, outside = int(interface["tx_bytes"]), int(counted["tx_bytes"])
     if abs(outside - inside) > inside * OUTSIDE_TOLERANCE + 2 * FIXED_BYTES:
         yield f"the source counted {inside} bytes at its interfaces, and {outside} were read from outside"
+
+
+def _missing_witnesses(record: RunRecord, counts: Counts) -> Iterator[str]:
+    """Where interfaces count, both ends and somebody outside must have: one witness alone agrees with itself.
+
+    What a fault killed took its counts with it, and a host of another machine cannot be looked at from here.
+    """
+    if counts.interface is None:
+        if _seen_from_outside(record) is not None:
+            yield "the source has a network of its own and told no counts of its interfaces"
+        return
+    if counts.dest is None and not record.node_was_killed("dest"):
+        yield "the destination told no counts of its interfaces: the two ends cannot be compared"
+    unseen = {event.fields["host"]: event.fields for event in record.all("wire_unseen", "testbed")}.get(
+        "source"
+    )
+    if _seen_from_outside(record) is None and not (unseen and unseen.get("elsewhere")):
+        reason = f": {unseen['reason']}" if unseen else ""
+        yield f"nobody outside counted at the source's interfaces{reason}"
+
+
+def _seen_from_outside(record: RunRecord) -> Mapping[str, Any] | None:
+    """What crossed the source's interfaces in the last attempt."""
+    seen = record.last("wire_seen", "testbed")
+    if seen is None or seen.at_ns < record.attempt_begins_ns:
+        return None
+    counted: Mapping[str, Any] | None = seen.fields.get("hosts", {}).get("source")
+    return counted

@@ -84,7 +84,11 @@ def outside_witness(hosts: Hosts, history: History) -> Iterator[None]:
 def _look_at_all(hosts: Hosts, history: History) -> dict[str, NetworkCounts]:
     found: dict[str, NetworkCounts] = {}
     for origin, host in hosts.hosts.items():
-        if host.network_pid is not None:
+        if host.network_pid is None:
+            if host.container is not None and host.container.elsewhere:
+                reason = "it is on another machine"
+                history.note("wire_unseen", host=origin, reason=reason, elsewhere=True)
+        else:
             try:
                 found[origin] = look(host.network_pid)
             except RunBrokenError as error:  # a host that a fault killed: its counters died with it

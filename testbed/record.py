@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from pydantic import ValidationError
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     U64Array = NDArray[np.uint64]
     U8Array = NDArray[np.uint8]
+
+# A node is called by what it is in the run; in a leg the same one may be the other of the two.
+NODES_AND_MORE: Final = ("source_node", "dest_node", "container")
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,17 @@ class RunRecord:
 
     @property
     def sender_was_killed(self) -> bool:
-        """Whether a fault of the scenario killed the source's node on the way: its counters died with it."""
+        """Whether a fault killed the source's node in the last attempt: its counters died with it."""
+        return self.node_was_killed("source")
+
+    def node_was_killed(self, host: Origin) -> bool:
+        """Whether a fault killed this host's node, or all of the host, in the last attempt and before its end."""
         ended = self.ended
         return any(
             event.fields["kind"] == "kill"
-            and event.fields["host"] == "source"
-            and event.fields["parameters"]["what"] in ("source_node", "container")
+            and event.fields["host"] == host
+            and event.fields["parameters"]["what"] in NODES_AND_MORE
+            and event.at_ns >= self.attempt_begins_ns
             and (ended is None or event.at_ns < ended.at_ns)
             for event in self.all("fault_applied", "testbed")
         )
@@ -77,6 +85,14 @@ class RunRecord:
         """When the last attempt was asked for; 0 when none was."""
         requested = self.last("migration_requested", "testbed")
         return requested.at_ns if requested is not None else 0
+
+    def arrived(self, name: str) -> list[Event]:
+        """What the destination told of the last attempt's bytes, in order; each such event names its attempt."""
+        asked = self.last("migration_requested", "testbed")
+        if asked is None:
+            return []
+        attempt = f"{asked.fields['migration']}#{asked.fields['attempt']}@"
+        return [event for event in self.all(name, "dest") if str(event.fields["attempt"]).startswith(attempt)]
 
     @property
     def rounds(self) -> list[Event]:

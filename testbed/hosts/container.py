@@ -116,6 +116,11 @@ class RunContainer:
         """Its first process, as this machine knows it; 0 when it does not run or is elsewhere."""
         return int(self._state()["Pid"]) if self.engine.local else 0
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether its engine is another machine's: its network cannot be looked at from here."""
+        return not self.engine.local
+
     def published(self, port: int) -> int:
         """The port of the engine's machine that leads to this one of the container."""
         self._state()

@@ -97,6 +97,11 @@ class HostContainer(Protocol):
         """Whether it runs."""
         ...
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is on another machine: its network cannot be looked at from here."""
+        ...
+
     def pause(self) -> None:
         """Freezes all of it."""
         ...

@@ -14,7 +14,7 @@ from testbed.framing import FIXED_BYTES, TLS_OVERHEAD_BYTES, TLS_RECORD_BYTES
 from testbed.record import load
 from testbed.testing import SyntheticRun
 from testbed.verdict import Verdict
-from tests.core.test_testbed_checkers import edit_fields
+from tests.core.test_testbed_checkers import drop, edit_fields
 
 # 1000 data pages in 4 messages of 16 + 4104 per page, and 800 bytes of control calls.
 PAYLOAD = 1000 * 4096
@@ -235,10 +235,22 @@ def with_interface(run, dest_received=None, **changed):
     edit_fields(run, "migration_ended", bytes=told_bytes)
     received = interface["tx_bytes"] if dest_received is None else dest_received
     fields = {"rx_bytes": received, "tx_bytes": interface["rx_bytes"], "rx_packets": 50, "tx_packets": 40}
-    line = {"at_ns": 1_050_000_000, "origin": "dest", "name": "wire_received", "fields": fields}
+    tell(run, 1050, "dest", "wire_received", attempt="synthetic#1@1", **fields)
+    tell(
+        run, 1060, "testbed", "wire_seen", by="source", hosts={"source": {**interface, "interfaces_gone": 0}}
+    )
+    return load(run.run_dir.path)
+
+
+def tell(run, at_ms, origin, name, **fields):
+    line = {"at_ns": at_ms * 1_000_000, "origin": origin, "name": name, "fields": fields}
     with run.run_dir.events.open("a") as events:
         events.write(json.dumps(line) + "\n")
-    return load(run.run_dir.path)
+
+
+def killed(run, at_ms, host, what):
+    fields = {"fault": 1, "kind": "kill", "host": host, "parameters": {"what": what}}
+    tell(run, at_ms, "testbed", "fault_applied", **fields)
 
 
 def test_both_ends_agree(tmp_path):
@@ -261,3 +273,61 @@ def test_packets_larger_than_the_mtu_without_offload_are_unknown(tmp_path):
     finding = byte_count.check(with_interface(SyntheticRun(tmp_path), offload=False))
     assert finding.verdict is Verdict.UNKNOWN
     assert "fit without offload" in finding.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"), [("wire_received", "two ends cannot be compared"), ("wire_seen", "nobody outside")]
+)
+def test_counts_without_their_other_witness_are_unknown(tmp_path, missing, words):
+    run = SyntheticRun(tmp_path)
+    with_interface(run)
+    drop(run, missing)
+    finding = byte_count.check(load(run.run_dir.path))
+    assert finding.verdict is Verdict.UNKNOWN
+    assert words in finding.reasons[0]
+
+
+def test_another_machine_cannot_be_looked_at_from_here(tmp_path):
+    run = SyntheticRun(tmp_path)
+    with_interface(run)
+    drop(run, "wire_seen")
+    tell(run, 710, "testbed", "wire_unseen", host="source", reason="it is on another machine", elsewhere=True)
+    assert byte_count.check(load(run.run_dir.path)).verdict is Verdict.VALID
+
+
+def test_counts_of_an_earlier_attempt_are_no_witness_of_this_one(tmp_path):
+    run = SyntheticRun(tmp_path)
+    with_interface(run)
+    edit_fields(run, "migration_requested", attempt=2)
+    finding = byte_count.check(load(run.run_dir.path))
+    assert any("two ends cannot be compared" in reason for reason in finding.reasons)
+
+
+def test_a_destination_that_a_fault_killed_took_its_counts_with_it(tmp_path):
+    run = SyntheticRun(tmp_path)
+    with_interface(run)
+    drop(run, "wire_received")
+    killed(run, 900, "dest", "source_node")  # a node is called by what it was in the run, this is a leg back
+    assert byte_count.check(load(run.run_dir.path)).verdict is Verdict.VALID
+
+
+def test_a_sender_killed_in_an_earlier_attempt_excuses_nothing_in_the_last_one(tmp_path):
+    run = SyntheticRun(tmp_path, fault="wire_miscounted")
+    killed(run, 650, "source", "source_node")
+    assert byte_count.check(load(run.run_dir.path)).verdict is Verdict.UNKNOWN
+    killed(run, 900, "source", "source_node")
+    assert byte_count.check(load(run.run_dir.path)).verdict is Verdict.VALID
+
+
+def test_a_source_with_a_network_of_its_own_must_count_its_interfaces(tmp_path):
+    run = SyntheticRun(tmp_path)
+    tell(
+        run,
+        1060,
+        "testbed",
+        "wire_seen",
+        by="source",
+        hosts={"source": {"tx_bytes": 1, "interfaces_gone": 0}},
+    )
+    finding = byte_count.check(load(run.run_dir.path))
+    assert "told no counts of its interfaces" in finding.reasons[0]
