@@ -108,14 +108,22 @@ def send_elsewhere(monkeypatch, address):
 
 def perform(out: Path, chosen, watch: Callable[[Event], None] = lambda _: None) -> FinishedRun:
     """One run, and the look at what it left behind."""
+    others = memory_held()
     with Interrupt() as interrupt:
         run = run_scenario(chosen, out, interrupt, watch)
-    nothing_is_left_of(run.run_dir)
+    nothing_is_left_of(run.run_dir, others)
     return run
 
 
-def nothing_is_left_of(run_dir):
-    """No process, socket, file or memory outside the run's directory."""
+def memory_held():
+    """Inodes of the memory files that this very process has open; a test that failed keeps its own alive."""
+    gc.collect()
+    links = [fd for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+    return {fd.stat().st_ino for fd in links if "memfd:" in os.readlink(fd)}  # noqa: PTH115
+
+
+def nothing_is_left_of(run_dir, others=frozenset()):
+    """No process, socket, file or memory outside the run's directory; `others` is memory held before."""
     record = load(run_dir.path)
     run = record.manifest["run"]
     for event in record.all("process_started"):
@@ -130,10 +138,8 @@ def nothing_is_left_of(run_dir):
             continue  # of a network that went with the run
         with socket.socket() as probe:
             assert probe.connect_ex((host, int(port))) != 0, "somebody still listens"
-    gc.collect()  # guests that earlier tests held in this process
     # Guest RAM is a memfd: it lives exactly as long as somebody holds it, and only we are left.
-    held = [os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]  # noqa: PTH115
-    assert not [link for link in held if "memfd:" in link]
+    assert not memory_held() - others
 
 
 def waited_for(is_so, what):

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.live
 Code = grpc.StatusCode
 REFUSALS = {Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION, Code.RESOURCE_EXHAUSTED}
 MIB = 1 << 20
+LULL_S = 1.5  # long enough for the next call of a busy machine, short enough to wait for its end
 PROCESS = psutil.Process()
 
 
@@ -256,8 +257,8 @@ def test_as_many_streams_as_there_may_be_leave_a_thread_for_prepare(bed):
 
 @pytest.mark.parametrize("says", [(), ("marker",)], ids=["nothing at all", "one marker, then nothing"])
 def test_a_stream_that_is_open_and_silent_does_not_occupy_this_host_for_ever(bed, monkeypatch, says):
-    monkeypatch.setattr(intake, "SILENCE_S", 0.05)
-    monkeypatch.setattr(intake, "STREAM_SILENCE_S_MAX", 0.2)
+    monkeypatch.setattr(intake, "SILENCE_S", LULL_S)
+    monkeypatch.setattr(intake, "STREAM_SILENCE_S_MAX", LULL_S)
     incarnation = bed.open(key()).incarnation
     done = threading.Event()
 
@@ -272,12 +273,12 @@ def test_a_stream_that_is_open_and_silent_does_not_occupy_this_host_for_ever(bed
     done.set()
     (entry,) = bed.host.journal.entries("dest")
     assert entry.state == "ABORTED"
-    assert "silent for 0.2 s" in entry.detail
+    assert f"silent for {LULL_S:g} s" in entry.detail
     assert bed.honest(key(2)) == pb.DECISION_COMMITTED
 
 
 def test_a_half_closed_stream_proves_nothing_and_ends_in_time(bed, monkeypatch):
-    monkeypatch.setattr(intake, "SILENCE_S", 0.05)
+    monkeypatch.setattr(intake, "SILENCE_S", LULL_S)
     incarnation = bed.open(key()).incarnation
     assert bed.send(chunk(incarnation, 1, 0, [1], bytes(PAGE_BYTES))) is None
     waited_for(lambda: bed.host.journal.entries("dest")[0].state == "ABORTED", "the attempt's end")
