@@ -129,7 +129,7 @@ class Network:
                 delay_ns += self.dice.randrange(1, 400) * MS
             self.world.after(delay_ns, lambda: self._return(call, answer), call.caller)
 
-        self.world.after(0, handle, process)
+        self.world.now_in(process, handle)
 
     def _return(self, call: _Call, answer: Any) -> None:
         if self.cut[call.between[0]] and not call.over:
@@ -232,7 +232,8 @@ class Pipe:
     def __init__(self, network: Network, source: Process, between: tuple[str, str]) -> None:
         self.source = source
         self._here, self._there = between
-        self.dest: Process | None = None
+        self.server: Process | None = None  # it was told of the call
+        self.dest: Process | None = None  # it took the call
         self.at_dest: Callable[[bytes], None] | None = None
         self.at_source: Callable[[int], None] = lambda _: None
         self.dest_ended: Callable[[str], None] = lambda _: None  # "" is the source's half-close
@@ -286,7 +287,7 @@ class Pipe:
         if self.dest is None:
             self._waiting.append((what, message))
             return
-        self._world.after(0, lambda: self._take(what, message), self.dest)
+        self._world.now_in(self.dest, lambda: self._take(what, message))
 
     def _retransmit(self) -> None:
         if not self.dest_up and self._network.cut[self._there]:
@@ -358,4 +359,4 @@ class Pipe:
         if self.dest_up:
             self.dest_up = False
             if self.dest is not None and self.dest.alive:
-                self._world.after(0, lambda: self.dest_ended(reason), self.dest)
+                self._world.now_in(self.dest, lambda: self.dest_ended(reason))

@@ -85,7 +85,7 @@ class Host:
         self.journal.lose_unsynced()
         self.journal.holder = None
         for pipe in tuple(self.network.pipes):
-            if node in (pipe.source, pipe.dest):
+            if node in (pipe.source, pipe.server):
                 pipe.broken("the peer's process ended")
         self.network.process_ended(node)
 
@@ -254,6 +254,7 @@ class Node(Process):
         if node is None or not node.alive or not node.serving:
             pipe.broken("connection refused")
             return
+        pipe.server = node
         self.world.after(0, lambda: node.intake.pages(pipe), node)
 
     def next_incarnation(self) -> str:

@@ -88,7 +88,7 @@ class Simulation:
         node = self.source.node
         if node is not None and node.run is not None and not node.run.over:
             waits = node.run.machine.phase.name in {"COMMITTING", "PREPARING"}
-            return 8 * MS if waits else 3 * MS // 2
+            return 8 * MS if waits else 5 * MS // 2
         return QUIET_NS if self.healed else 8 * MS
 
     # -- the run -------------------------------------------------------------------------------

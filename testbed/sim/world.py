@@ -75,6 +75,15 @@ class World:
         if len(self._heap) > EVENTS_WAITING_MAX:
             raise ViolationError("bounded", f"{len(self._heap)} events wait to happen")
 
+    def now_in(self, process: Process, action: Callable[[], None]) -> None:
+        """Something reaches a process at this very moment: it acts, unless it is dead, or hangs and will find it."""
+        if process.hung:
+            process.backlog.append(action)
+        elif process.alive:
+            before, self._current = self._current, process
+            action()
+            self._current = before
+
     def run_until(self, instant_ns: int, stop: Callable[[], bool]) -> None:
         """Let things happen until then, or until `stop` says so."""
         while self._heap and self._heap[0][0] <= instant_ns:
