@@ -124,7 +124,6 @@ TRANSITIONS: dict[DestPhase, dict[type[DestEvent], frozenset[DestPhase]]] = {
     P.ABORTING: {StateRecorded: frozenset({P.ABORTED, P.OPENING})},
     P.ABORTED: {
         OpenRequested: frozenset({P.OPENING}),
-        StreamBroken: frozenset({P.ABORTED}),
         PrepareRequested: frozenset({P.ABORTED}),
         CommitRequested: frozenset({P.ABORTED}),
     },
@@ -133,7 +132,8 @@ for _phase in (P.RECEIVING, P.LINK_LOST, P.PREPARED):
     TRANSITIONS[_phase][AbortRequested] = frozenset({P.ABORTING})
 for _phase in (P.COMMITTED, P.ABORTED):
     TRANSITIONS[_phase][AbortRequested] = frozenset({_phase})
-    TRANSITIONS[_phase][ForgetRequested] = frozenset({_phase, P.IDLE})
+TRANSITIONS[P.COMMITTED][ForgetRequested] = frozenset({P.COMMITTED})
+TRANSITIONS[P.ABORTED][ForgetRequested] = frozenset({P.IDLE})
 
 
 # Where an attempt can be gone on with after its connection was lost. Later its pages are complete, and the calls
@@ -141,7 +141,6 @@ for _phase in (P.COMMITTED, P.ABORTED):
 RESUMABLE_PHASES = frozenset({P.RECEIVING, P.LINK_LOST})
 
 TRANSITIONS[P.IDLE][GuestGivenAway] = TRANSITIONS[P.COMMITTED][GuestGivenAway] = frozenset({P.IDLE})
-TRANSITIONS[P.ABORTED][GuestGivenAway] = frozenset({P.ABORTED})
 
 AboutKnownAttempt = PrepareRequested | CommitRequested | AbortRequested | ForgetRequested
 
@@ -430,11 +429,7 @@ class DestMachine:
                 if key == self.key:
                     raise RemoteProtocolError(f"attempt {key} was aborted: {self._abort_reason}")
                 return self._on_open(event)
-            case StreamBroken():
-                return []
             case ForgetRequested(key):
                 self.phase, self.key = P.IDLE, None
                 return [ForgetAttempt(key), Reply(Answer.ABORTED)]
-            case GuestGivenAway():
-                return self._forget_guest(event)
         return [Reply(Answer.ABORTED, self._abort_reason)]

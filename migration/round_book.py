@@ -26,7 +26,8 @@ BATCH_PAGES = 4096  # 16 MiB: hints and decisions take effect between batches; s
 class RoundBook:
     """Instants are in ns, of the clock that the machine is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch_pages: int = BATCH_PAGES) -> None:
+        self._batch_pages = batch_pages
         self.ledger = MigrationLedger()
         self.round: RoundSet | None = None  # under way, or the last one
         self.throttle_percent = 0  # in force, as far as the rounds are concerned
@@ -74,7 +75,7 @@ class RoundBook:
 
     def take(self) -> U64Array:
         """The next batch, ascending; empty when nothing remains."""
-        pfns = self.current.take(BATCH_PAGES)
+        pfns = self.current.take(self._batch_pages)
         self.batch_outstanding = len(pfns) > 0
         return pfns
 

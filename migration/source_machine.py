@@ -31,7 +31,7 @@ from migration.events import Answer, Recorded, Skip, SourceEvent, Timer
 from migration.identity import AttemptKey
 from migration.link_recovery import LinkRecovery
 from migration.page_bits import PageBits
-from migration.round_book import RoundBook
+from migration.round_book import BATCH_PAGES, RoundBook
 from migration.rounds import Decision, DecisionKind, Limits, decide
 from migration.source_phases import (
     FINAL_PHASES,
@@ -41,6 +41,7 @@ from migration.source_phases import (
     REVERSIBLE_PHASES,
     TRANSITIONS,
     TURNED_PHASES,
+    WITHOUT_MEANING,
     Recovery,
     SourcePhase,
 )
@@ -57,9 +58,9 @@ P = SourcePhase
 class SourceMachine:
     """One attempt. `handle` is the only way in, its commands the only way out."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, batch_pages: int = BATCH_PAGES) -> None:
         self.phase = P.IDLE
-        self.book = RoundBook()
+        self.book = RoundBook(batch_pages)
         self.downtime_ms_estimated: float | None = None  # when the guest was paused for good
         self._handlers: dict[SourcePhase, Callable[[SourceEvent], list[SourceCommand]]] = {
             P.IDLE: self._on_idle,
@@ -118,6 +119,8 @@ class SourceMachine:
         allowed = TRANSITIONS[self.phase].get(type(event))
         if allowed is None:
             if self.phase in TURNED_PHASES and type(event) in LATE_ANSWERS:
+                return []
+            if type(event) in WITHOUT_MEANING.get(self.phase, ()):
                 return []
             raise LocalProtocolError(f"{type(event).__name__} in phase {self.phase.name}")
         before = self.phase
@@ -366,8 +369,6 @@ class SourceMachine:
             return [do.SendCommit(key, self._image_digest)] if retry else []
         if isinstance(event, told.CancelRequested | told.HostFailed):
             return [do.Note("cancel_refused", {"reason": "only the destination can decide after COMMITTING"})]
-        if isinstance(event, told.DestinationResumed):
-            return []
         reason = (
             event.reason if isinstance(event, told.CommitAnswered | told.PeerLost | told.LinkLost) else ""
         )

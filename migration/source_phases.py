@@ -141,8 +141,6 @@ TRANSITIONS: dict[SourcePhase, dict[type[SourceEvent], frozenset[SourcePhase]]] 
     # COMMITTING may be durable already when bad news comes in here: only the destination can be asked then.
     P.RECORDING: {
         StateRecorded: frozenset({P.COMMITTING}),
-        PeerLost: frozenset({P.RECORDING}),
-        LinkLost: frozenset({P.RECORDING}),
         TimerFired: frozenset({P.RECORDING}),
         CancelRequested: frozenset({P.RECORDING}),
         HostFailed: frozenset({P.RECORDING}),
@@ -173,13 +171,31 @@ _AFTER_RESUME = {
     P.FINAL_DRAINING: frozenset({P.FINAL_DRAINING, P.SAVING}),
 }
 for _phase in REVERSIBLE_PHASES:
-    for _event in (LinkLost, PeerLost, HostFailed, CancelRequested, TimerFired):
-        _stays = frozenset({_phase}) if _event in (TimerFired, LinkLost) else frozenset()
+    for _event in (PeerLost, HostFailed, CancelRequested, TimerFired):
+        _stays = frozenset({_phase}) if _event is TimerFired else frozenset()
         TRANSITIONS[_phase][_event] = TRANSITIONS[_phase].get(_event, _stays) | _stays | {P.ABORTING}
-    if RECOVERIES[_phase] is Recovery.RESUME:
+    _needed = RECOVERIES[_phase] is not Recovery.NOT_NEEDED
+    TRANSITIONS[_phase][LinkLost] = frozenset({_phase, P.ABORTING} if _needed else {_phase})
+# Where the answer to "resume" can come: a question is asked only while no other is unanswered, and what a shell
+# does at once (arming, pausing) is told before its answer.
+_ASKED = frozenset(
+    {
+        P.HINTING, P.SENDING, P.DRAINING, P.CLOSING_HINTS, P.HARVESTING,
+        P.FINAL_HARVESTING, P.FINAL_SENDING, P.FINAL_DRAINING,
+    }
+)  # fmt: skip
+for _phase in _ASKED:
+    TRANSITIONS[_phase][DestinationResumed] = frozenset({_phase})
+    if _phase is not P.FINAL_HARVESTING:
         TRANSITIONS[_phase][StreamsResumed] = _AFTER_RESUME.get(_phase, frozenset({_phase}))
-for _phase in (REVERSIBLE_PHASES - {P.OPENING}) | {P.RECORDING, P.COMMITTING}:
-    TRANSITIONS[_phase][DestinationResumed] = frozenset({_phase})  # also late, of a question asked twice
+del TRANSITIONS[P.KEEPING_EVIDENCE][LinkLost]  # no stream is open, and nothing is asked
+del TRANSITIONS[P.KEEPING_EVIDENCE][PeerLost]
+
+# News of the connection that no shell tells there; should one, it is no reason to stop: it changes nothing.
+WITHOUT_MEANING: dict[SourcePhase, frozenset[type[SourceEvent]]] = {
+    _phase: frozenset({LinkLost, PeerLost, DestinationResumed}) - TRANSITIONS[_phase].keys()
+    for _phase in (REVERSIBLE_PHASES - {P.OPENING}) | {P.RECORDING, P.COMMITTING}
+}
 
 # Answers to commands that were under way when the attempt turned back or ended, and repeated bad news:
 # legal there, and without effect.

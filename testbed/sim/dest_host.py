@@ -127,6 +127,11 @@ class SimIntake:
         elif self.machine.allows(told.ForgetRequested):
             self._drive(told.ForgetRequested(key))
 
+    @property
+    def prepared(self) -> Prepare | None:
+        """The newest Prepare that was taken."""
+        return self._prepare
+
     # -- streams -------------------------------------------------------------------------------
 
     def pages(self, pipe: Pipe) -> None:
@@ -277,7 +282,8 @@ class SimIntake:
             case do.JoinStreams():
                 assert self.receiver is not None, "nothing was received"
                 self.receiver.join_streams(1.0)
-                return told.StreamsJoined()
+                stuck = self._writer_is_stuck()
+                return told.IntakeFailed("a page writer does not end") if stuck else told.StreamsJoined()
             case do.RecordState():
                 return self._record(command)
             case do.VerifyImage(digest, chunks):
@@ -327,6 +333,8 @@ class SimIntake:
         assert receiver is not None, "nothing was received"
         assert request is not None, "no Prepare at hand"
         receiver.join(1.0)
+        if self._writer_is_stuck():
+            raise AgentRefused("a page writer does not end")
         if receiver.stored_chunks != chunks:
             raise RemoteProtocolError("chunks are missing", stored=receiver.stored_chunks, sent=chunks)
         found = image_digest(receiver.stored_hashes, request.vcpu_state, request.device)
@@ -336,6 +344,10 @@ class SimIntake:
             pfn = receiver.difference(receiver.ram.hash_pages())
             if pfn is not None:
                 raise RemoteProtocolError("a page does not read back as it was stored", pfn=pfn)
+
+    def _writer_is_stuck(self) -> bool:
+        stuck, self.node.writer_stuck = self.node.writer_stuck, False
+        return stuck
 
     def _restore(self, key: AttemptKey) -> None:
         receiver, request = self.receiver, self._prepare

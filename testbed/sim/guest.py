@@ -99,6 +99,8 @@ class Guest:
     def slice(self) -> None:
         """A moment of the guest's life."""
         truth, dice, kind = self._truth, self._dice, self._dice.random()
+        if dice.random() < self._options.idle:
+            kind = 1.0
         truth.operations += 1
         if kind < 0.45:
             self._write(self._some(USED, dice.randint(1, self._options.writes)))
@@ -263,6 +265,7 @@ class Agent(Process):
         self.on_ring_stopped: Callable[[], None] = lambda: None
         self.on_ring_started: Callable[[], None] = lambda: None
         self.running_changed: Callable[[], None] = lambda: None
+        self.mute = False  # it goes on, and answers nobody
         self._options = options
         self._truth = truth
         self._dice = world.dice(f"guest at {name}")
@@ -295,9 +298,14 @@ class Agent(Process):
         self.state = state
         self.running_changed()
 
-    def _allow(self, *states: State) -> Guest:
+    def _heard(self) -> None:
         if not self.alive:
             raise AgentGone(f"{self.name} is gone")
+        if self.mute:
+            raise AgentGone(f"{self.name} does not answer")
+
+    def _allow(self, *states: State) -> Guest:
+        self._heard()
         if self.state not in states or self.guest is None:
             raise AgentRefused(f"not possible while the guest is {self.state.value}")
         return self.guest
@@ -306,8 +314,7 @@ class Agent(Process):
 
     def hello(self) -> State:
         """How things stand."""
-        if not self.alive:
-            raise AgentGone(f"{self.name} is gone")
+        self._heard()
         return self.state
 
     def pause(self) -> None:
@@ -347,8 +354,7 @@ class Agent(Process):
 
     def restore(self, epoch: int, state: bytes, ram: SimRam) -> None:
         """Take an image in, of the epoch that is given away."""
-        if not self.alive:
-            raise AgentGone(f"{self.name} is gone")
+        self._heard()
         if self.state is not State.STANDBY:
             raise AgentRefused(f"restore is not possible while the guest is {self.state.value}")
         self.guest = Guest.restored(state, ram, self._truth, self._options, self._dice)
@@ -357,8 +363,7 @@ class Agent(Process):
 
     def discard(self) -> None:
         """Drop an image that never ran."""
-        if not self.alive:
-            raise AgentGone(f"{self.name} is gone")
+        self._heard()
         if self.state not in (State.STANDBY, State.RESTORED):
             raise AgentRefused(f"discard is not possible while the guest is {self.state.value}")
         self.guest = None

@@ -101,6 +101,8 @@ class Node(Process):
         self.stale_ram: np.ndarray[Any, np.dtype[np.uint64]] | None = None
         self.run: SourceRun | None = None
         self.serving = False
+        self.refuses = False  # every call: its certificate is another one than it should be
+        self.writer_stuck = False  # the next wait for a page writer takes too long
         self.on_ended: Callable[[do.EndMigration], None] = lambda _: None
         self.balloon = SimBalloon(self.world, self, host.agent, host.device_file, host.options.pages)
         self.intake = SimIntake(self)
@@ -131,6 +133,9 @@ class Node(Process):
     def _attach(self) -> None:
         agent = self.host.agent
         if not agent.alive:
+            return
+        if agent.mute:
+            self.world.after(ATTACH_NS, self._attach, self)
             return
         agent.on_ring_stopped = self.balloon.disconnect
         agent.on_ring_started = self.balloon.connect
@@ -174,7 +179,9 @@ class Node(Process):
     def stand_by(self) -> bool:
         """Let go of a guest that was given away, as the operator asked; whether there is room now."""
         agent = self.host.agent
-        if not (self.alive and self.serving and not self.hung and agent.alive) or self.host.node is not self:
+        if not (self.alive and self.serving and not self.hung and agent.alive) or agent.mute:
+            return False
+        if self.host.node is not self:
             return False
         if agent.state is State.STANDBY:
             return True
@@ -193,7 +200,8 @@ class Node(Process):
         """Whether a migration may be asked for now."""
         idle = self.run is None or self.run.over
         ready = self.alive and not self.hung and self.serving
-        return ready and idle and self.host.agent.alive and self.host.agent.state is State.RUNNING
+        agent = self.host.agent
+        return ready and idle and agent.alive and not agent.mute and agent.state is State.RUNNING
 
     def migrate(self, key: AttemptKey, options: Options, *, rehearsal: bool, limits: Limits) -> None:
         """Begin an attempt."""
@@ -233,6 +241,8 @@ class Node(Process):
 
         def served(process: Process) -> Any:
             assert isinstance(process, Node), "nodes serve calls"
+            if process.refuses:
+                return Refusal("permission denied")
             try:
                 return serve(process.intake)
             except REFUSALS as error:

@@ -51,6 +51,8 @@ class Options:
     touched: float = 0.8  # of RAM, since boot
     kept: float = 0.3
     writes: int = 4
+    idle: float = 0.0  # chance, per slice, that the guest does nothing
+    batch_pages: int = 2048
     skip: str = "both"
     compression: str = "none"
     delta_cache_pages: int = 0
@@ -90,6 +92,8 @@ def draw(seed: int) -> Options:
         touched=dice.uniform(0.5, 1.0),
         kept=dice.uniform(0.1, 0.4),
         writes=dice.randint(2, 12),
+        idle=dice.choice((0.0, 0.0, 0.5, 0.9, 0.98)),
+        batch_pages=dice.choice((24, 64, 2048)),
         skip=dice.choice(("none", "zero", "hint", "hint", "both", "both", "both")),
         compression=dice.choice(("lz4", "zstd")) if dice.random() < 0.1 else "none",
         delta_cache_pages=64 if dice.random() < 0.1 else 0,
@@ -98,7 +102,7 @@ def draw(seed: int) -> Options:
         hint_diligence=dice.choice((1.0, 0.5, 0.2, 0.05, 0.0)) if dice.random() < 0.5 else 1.0,
         retake=dice.choice((0.0, 0.1, 0.5)),
         guest_lies=dice.random() < 0.1,
-        rehearsal=dice.random() < 0.08,
+        rehearsal=dice.random() < 0.15,
         rounds_max=dice.randint(1, 7),
         downtime_limit_ms=dice.choice((0.0, 0.05, 0.5, 2.0)),
         timeout_ms=dice.choice((60.0, 200.0, 3_000.0, 3_000.0, 3_000.0)),
@@ -116,7 +120,11 @@ def draw(seed: int) -> Options:
 def draw_faults(dice: random.Random) -> tuple[Fault, ...]:
     """A schedule. A world in eight has none."""
     count = 0 if dice.random() < 0.12 else dice.randint(1, FAULTS_MAX)
-    return tuple(draw_fault(dice) for _ in range(count))
+    storm = dice.random() < 0.2
+    storms = (
+        Fault(f"{word} messages", at_ms=0.0, for_ms=ACTIVE_MS, amount=0.2) for word in ("lose", "duplicate")
+    )
+    return (*(storms if storm else ()), *(draw_fault(dice) for _ in range(count)))
 
 
 KINDS: dict[str, float] = {  # -> how often
@@ -136,8 +144,14 @@ KINDS: dict[str, float] = {  # -> how often
     "replace hung source node": 1.5,
     "replace hung dest node": 1.5,
     "cancel": 2.0,
-    "timers fire early": 1.0,
+    "timers fire early": 1.2,
     "refuse streams": 1.0,
+    "refuse calls": 1.0,
+    "mute source agent": 0.8,
+    "mute dest agent": 1.5,
+    "repeat Abort": 0.7,
+    "repeat Prepare": 0.7,
+    "stick a page writer": 0.7,
     "cut source agent link": 1.0,
     "restart device": 0.7,
 }

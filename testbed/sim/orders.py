@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from migration.page_bits import PageBits
+
 if TYPE_CHECKING:
     from migration import events as told
     from migration.identity import AttemptKey
@@ -43,7 +45,9 @@ def in_a_line(what: Any) -> str:
     parts = []
     for name in getattr(what, "__slots__", ()):
         value = getattr(what, name)
-        if hasattr(value, "dtype"):
+        if isinstance(value, PageBits):
+            value = f"{value.count} pages"
+        elif hasattr(value, "dtype"):
             value = f"{int(value.sum())} set" if value.dtype == bool else f"[{len(value)}]"
         elif isinstance(value, dict):
             continue

@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from migration.convergence import ThrottleSteps
-from migration.dest_machine import DestPhase
 from migration.errors import ProtocolError
 from migration.identity import AttemptKey
 from migration.rounds import Limits
 from testbed.sim import invariants
 from testbed.sim.errors import JournalRefused, ViolationError
+from testbed.sim.faults import Faults
 from testbed.sim.guest import HELD, Agent, State, Truth
 from testbed.sim.network import Network
-from testbed.sim.node import Host, Node
-from testbed.sim.options import ACTIVE_MS, Fault, Options, draw
+from testbed.sim.node import Host
+from testbed.sim.options import ACTIVE_MS, Options, draw
 from testbed.sim.plants import Plant
 from testbed.sim.world import MS, World
 from virtio.errors import VirtioError
@@ -39,7 +39,6 @@ RELEASE_MS = 400_000  # a slow driver looks only now and then
 ATTEMPTS_MAX = 4
 FINAL_ATTEMPTS_MAX = 3  # what an earlier attempt left at the destination may have to be told first
 QUIET_NS = 400 * MS
-BEYOND_RECALL = {DestPhase.CONFIRMING, DestPhase.RECORDING_COMMITTED, DestPhase.STARTING}
 
 
 @dataclass(slots=True)
@@ -70,16 +69,17 @@ class Simulation:
         self.lost_is_possible = False
         self.attempts = 0
         self.rehearse = options.rehearsal
-        self.healed = False
         self._epoch = 0
         self._dice = world.dice("operator")
+        self.faults = Faults(self)
         self._last_outcome = ""
         self._final_attempts = 0
         world.guest_pause_ns = self._guest_pause_ns
         for host in (self.source, self.dest):
-            self._new_agent(host)
+            self.new_agent(host)
 
-    def _new_agent(self, host: Host) -> None:
+    def new_agent(self, host: Host) -> None:
+        """An agent process without a guest."""
         agent = host.agent = Agent(self.world, f"{host.name}.agent", self.options, self.truth)
         agent.running_changed = lambda: self._owner_changed(agent)
 
@@ -89,7 +89,7 @@ class Simulation:
         if node is not None and node.run is not None and not node.run.over:
             waits = node.run.machine.phase.name in {"COMMITTING", "PREPARING"}
             return 8 * MS if waits else 5 * MS // 2
-        return QUIET_NS if self.healed else 8 * MS
+        return QUIET_NS if self.faults.healed else 8 * MS
 
     # -- the run -------------------------------------------------------------------------------
 
@@ -113,13 +113,12 @@ class Simulation:
         world = self.world
         self.source.agent.boot()
         for host in self.hosts:
-            host.start_node()
-        self._watch_ends()
+            self.start_node(host)
         world.after(self._dice.randrange(4, 12) * MS, self._ask)
         for fault in self.options.faults:
-            self._arm(fault)
+            self.faults.arm(fault)
         world.run_until(HEAL_MS * MS, lambda: False)
-        self._heal()
+        self.faults.heal()
         world.run_until(world.now_ns + SETTLE_MS * MS, self._settled)
         if not self._settled():
             raise ViolationError("ends within a bound", self._standing())
@@ -165,7 +164,7 @@ class Simulation:
 
     def _ask(self) -> None:
         """Ask for a migration if none is under way and attempts are left; look again in a moment."""
-        if self.healed or self.leg > self.options.legs:
+        if self.faults.healed or self.leg > self.options.legs:
             return
         if self._owner() is self.dest:
             self._next_leg()
@@ -211,151 +210,11 @@ class Simulation:
     def _ended(self, command: do.EndMigration) -> None:
         self._last_outcome = command.outcome
 
-    def _watch_ends(self) -> None:
-        for host in self.hosts:
-            if host.node is not None:
-                host.node.on_ended = self._ended
-
-    # -- faults --------------------------------------------------------------------------------
-
-    def _arm(self, fault: Fault) -> None:
-        if fault.at_ms is not None:
-            self.world.after(int(fault.at_ms * MS), lambda: self._apply(fault))
-            return
-        waiting = self.world.at_point.setdefault(fault.point, [])
-        waiting.extend([lambda: None] * (fault.nth - 1 - len(waiting)))
-        waiting.append(lambda: self._apply(fault))
-
-    def _apply(self, fault: Fault) -> None:  # noqa: C901, PLR0912 - one arm per fault
-        if self.healed:
-            return
-        world, network, kind = self.world, self.network, fault.kind
-        world.say("fault", str(fault))
-        world.coverage[f"fault {kind}"] += 1
-        until_ns = int(fault.for_ms * MS)
-        host = self.source if "source" in kind else self.dest
-        if kind.startswith("crash"):
-            host.kill_node()
-            world.after(until_ns, lambda: self._restart(host))
-        elif kind.startswith("kill"):
-            self._kill_agent(host)
-            world.after(until_ns, lambda: self._reboot(host))
-        elif kind == "reset connections":
-            network.reset()
-        elif kind == "partition":
-            network.shut("a", "b")
-            world.after(until_ns, lambda: self._open("a", "b"))
-        elif kind == "partition one way":
-            way = self._dice.choice(("a", "b"))
-            network.shut(way)
-            world.after(until_ns, lambda: self._open(way))
-        elif kind in {"lose messages", "duplicate messages", "delay messages", "reorder messages"}:
-            word = kind.split()[0]
-            network.shares[word] = fault.amount
-            world.after(until_ns, lambda: network.shares.update({word: 0.0}))
-        elif "hang" in kind or "hung" in kind:
-            self._hang(host, until_ns, replaced="replace" in kind)
-        elif kind == "cancel":
-            node = self.source.node
-            if node is not None and node.run is not None:
-                node.run.cancel("cancelled by the operator")
-        elif kind == "timers fire early":
-            node = self.source.node
-            if node is not None and node.run is not None:
-                node.run.hurry()
-        elif kind == "refuse streams":
-            for pipe in tuple(network.pipes):
-                pipe.close("the destination refuses", refused=True)
-        elif kind == "cut source agent link":
-            if self.source.node is not None and self.source.node.alive:
-                node = self.source.node
-                world.after(0, node.lost_agent, node)
-                world.after(until_ns, lambda: self._reconnect(self.source))
-        else:
-            assert kind == "restart device", kind
-            if self.source.node is not None:
-                self.source.node.balloon.disconnect()
-            world.after(until_ns, lambda: self._reconnect(self.source))
-
-    def _open(self, *ways: str) -> None:
-        if not self.healed:
-            self.network.open(*ways)
-
-    def _reconnect(self, host: Host) -> None:
-        node = host.node
-        if node is not None and node.alive and host.agent.alive and host.agent.state is State.RUNNING:
-            node.balloon.connect()
-
-    def _restart(self, host: Host) -> None:
-        if host.node is None or not host.node.alive:
-            self.world.say(host.name, "the node is started again")
-            host.start_node()
-            self._watch_ends()
-
-    def _hang(self, host: Host, for_ns: int, *, replaced: bool) -> None:
-        node = host.node
-        if node is None or not node.alive or node.hung:
-            return
-        node.hung = True
-        self.world.say(host.name, "the node hangs")
-        if replaced:
-            self.world.after(for_ns // 3, lambda: self._replace(host))
-        self.world.after(for_ns, lambda: self._wake(host, node))
-
-    def _wake(self, host: Host, node: Node) -> None:
-        if not node.alive or not node.hung:
-            return
-        assert node is host.node or self.world.plant is Plant.TWO_PROCESSES_ONE_JOURNAL, (
-            "only a lock keeps them apart"
-        )
-        self.world.say(host.name, "the hung node goes on")
-        node.wake()
-
-    def _replace(self, host: Host) -> None:
-        if host.node is not None and host.node.hung:
-            host.start_node()
-            self._watch_ends()
-
-    def _kill_agent(self, host: Host) -> None:
-        agent = host.agent
-        if not agent.alive:
-            return
-        entry = host.journal.newest("dest")
-        promised = agent.state is State.RESTORED and entry is not None and entry.state == "COMMITTED"
-        if host.node is not None and host.node.intake.machine.phase in BEYOND_RECALL:
-            promised = True  # it answered that it has the image, and nothing can ask it again
-        if agent.state in (State.RUNNING, State.PAUSED) or promised:
-            self.lost_is_possible = True
-        self.world.say(host.name, f"the guest agent is killed, {agent.state.value}")
-        agent.die()
-        if host.node is not None and host.node.alive:
-            node = host.node
-            self.world.after(MS, node.lost_agent, node)
-
-    def _reboot(self, host: Host) -> None:
-        """An agent that died comes back empty, and its node with it."""
-        if host.agent.alive:
-            return
-        host.kill_node()
-        self._new_agent(host)
-        host.start_node()
-        self._watch_ends()
-
-    def _heal(self) -> None:
-        """No fault is left, and whoever was stopped goes on."""
-        self.healed = True
-        world = self.world
-        world.say("world", "every fault is healed")
-        world.at_point.clear()
-        self.network.heal()
-        for host in self.hosts:
-            if not host.agent.alive:
-                self._reboot(host)
-            elif host.node is None or not host.node.alive:
-                self._restart(host)
-            elif host.node.hung:
-                self._wake(host, host.node)
-            self._reconnect(host)
+    def start_node(self, host: Host) -> None:
+        """A node process, if the journal is free."""
+        node = host.start_node()
+        if node is not None:
+            node.on_ended = self._ended
 
     # -- judging -------------------------------------------------------------------------------
 

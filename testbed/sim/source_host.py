@@ -39,7 +39,9 @@ SLOW_STEPS, SLOW_STEP_NS = 0.05, 4 * MS
 HOLD_NS = 40 * MS  # at a point where a fault comes, until it is felt
 OPEN_NS, PREPARE_NS, COMMIT_NS = 1_500 * MS, 3_000 * MS, 800 * MS
 FAREWELL_NS = 500 * MS
-CLOSE_NS = 800 * MS
+CLOSE_NS = 60 * MS
+ARMING_NS = 4 * MS
+LATE_NEWS, LATE_NEWS_NS = 0.04, 20 * MS  # a stream's thread had to wait before it could tell
 EVENTS_MAX = 64  # of a machine's queue: hint reports come slower than they are taken
 
 
@@ -65,7 +67,7 @@ class SourceRun:
         assert node.agent.guest is not None, "a migration needs a guest"
         self.node = node
         self.order = order
-        self.machine = SourceMachine()
+        self.machine = SourceMachine(batch_pages=node.host.options.batch_pages)
         self.guest = node.agent.guest
         self.tracking = False
         self.over = False
@@ -247,8 +249,7 @@ class SourceRun:
             case do.KeepEvidence():
                 self.post(told.EvidenceKept())
             case do.ResumeGuest(key):
-                agent.resume(key.guest_epoch)
-                self.post(told.GuestResumed())
+                self._resume(key)
             case do.FreezeGuest():
                 self._freeze()
             case do.AbortDestination(key, reason):
@@ -346,20 +347,34 @@ class SourceRun:
         packed = packers(self.order.packing, self.order.streams, self.guest.ram.pages)
         streams = SimStreams(node.world, node, node.peer_stream, self._reader, packed)
         streams.sent = self._pages_sent
-        streams.acknowledged = lambda: self.post(told.AllAcknowledged())
+        streams.acknowledged = lambda: self._tell_in_time(told.AllAcknowledged())
         streams.lost = lambda reason, refused: self.post(
             told.PeerLost(reason) if refused else told.LinkLost(reason)
         )
         streams.was_read = self._was_read
         self._streams = streams
-        self._tracker = UffdTracker(Scanner(self), node.balloon.log)  # type: ignore[arg-type]
+        self._blocked = True
+        node.world.after(self._dice.randrange(1, ARMING_NS), self._armed, node)
+
+    def _armed(self) -> None:
+        """The streams were open while the tracker was armed."""
+        assert self._reader is not None, "tracking is being started"
+        self._blocked = False
+        self._tracker = UffdTracker(Scanner(self), self.node.balloon.log)  # type: ignore[arg-type]
         self._tracker.start()
         self.tracking = True
         self._reader.find_holes()
         self.post(told.TrackingStarted())
 
     def _pages_sent(self, sent: told.PagesSent) -> None:
-        self.post(sent)
+        self._tell_in_time(sent)
+
+    def _tell_in_time(self, event: told.SourceEvent) -> None:
+        """At once, as a rule; other news may overtake it."""
+        if self._dice.random() < LATE_NEWS:
+            self.node.world.after(self._dice.randrange(1, LATE_NEWS_NS), lambda: self.post(event), self.node)
+        else:
+            self.post(event)
 
     def _was_read(self, pfns: U64Array) -> None:
         if self.node.world.plant is Plant.DIRTY_BIT_CLEARED_AFTER_READ:
@@ -445,6 +460,24 @@ class SourceRun:
             lambda reply: told.CommitAnswered(reply.answer, reply.reason),
             COMMIT_NS,
         )
+
+    def _resume(self, key: AttemptKey) -> None:
+        """The guest must not stay paused because its agent was silent: ask until it answers or is gone."""
+        agent = self.node.agent
+        try:
+            agent.resume(key.guest_epoch)
+        except AgentGone:
+            if not agent.alive:
+                raise
+            self._blocked = True
+            self.node.world.after(5 * MS, lambda: self._resume_again(key), self.node)
+        else:
+            self.post(told.GuestResumed())
+
+    def _resume_again(self, key: AttemptKey) -> None:
+        self._blocked = False
+        self._do(do.ResumeGuest(key), seen=False)
+        self._go_on()
 
     def _freeze(self) -> None:
         try:

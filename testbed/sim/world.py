@@ -76,7 +76,7 @@ class World:
             raise ViolationError("bounded", f"{len(self._heap)} events wait to happen")
 
     def now_in(self, process: Process, action: Callable[[], None]) -> None:
-        """Something reaches a process at this very moment: it acts, unless it is dead, or hangs and will find it."""
+        """Something reaches a process at this moment: it acts, unless it is dead; one that hangs finds it later."""
         if process.hung:
             process.backlog.append(action)
         elif process.alive:

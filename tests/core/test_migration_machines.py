@@ -17,6 +17,7 @@ from migration.source_phases import (
     REVERSIBLE_PHASES,
     TRANSITIONS,
     TURNED_PHASES,
+    WITHOUT_MEANING,
     SourcePhase,
 )
 from migration.testing import MachinePair
@@ -150,7 +151,7 @@ REACHED = sorted(REVERSIBLE_PHASES, key=lambda phase: phase.value)
 def test_whatever_happens_before_committing_the_guest_runs_on_at_the_source(phase, event, outcome):
     rehearsal = phase is SourcePhase.KEEPING_EVIDENCE  # a phase that only a rehearsal comes to
     pair = MachinePair(64, skip=told.Skip.HINT, before=at_phase(phase, event), rehearsal=rehearsal)
-    assert pair.run() == outcome
+    assert pair.run() == ("rehearsal" if type(event) in WITHOUT_MEANING.get(phase, ()) else outcome)
     assert pair.guest.running_at == "source"
     assert not pair.dest.running
     assert not pair.guest_frozen
