@@ -36,14 +36,12 @@ from migration.rounds import Decision, DecisionKind, Limits, decide
 from migration.source_phases import (
     FINAL_PHASES,
     HINT_PHASES,
-    LATE_ANSWERS,
     RECOVERIES,
     REVERSIBLE_PHASES,
     TRANSITIONS,
-    TURNED_PHASES,
-    WITHOUT_MEANING,
     Recovery,
     SourcePhase,
+    means_nothing,
 )
 
 if TYPE_CHECKING:
@@ -118,9 +116,7 @@ class SourceMachine:
             return []
         allowed = TRANSITIONS[self.phase].get(type(event))
         if allowed is None:
-            if self.phase in TURNED_PHASES and type(event) in LATE_ANSWERS:
-                return []
-            if type(event) in WITHOUT_MEANING.get(self.phase, ()):
+            if means_nothing(self.phase, type(event)):
                 return []
             raise LocalProtocolError(f"{type(event).__name__} in phase {self.phase.name}")
         before = self.phase

@@ -210,3 +210,8 @@ LATE_ANSWERS: frozenset[type[SourceEvent]] = frozenset(
 TURNED_PHASES = FINAL_PHASES | {P.ABORTING, P.RESUMING, P.COMPLETING}
 # Where a report may be open. Hints that come at any other time are counted as stale, and change nothing.
 HINT_PHASES = frozenset({P.HINTING, P.SENDING, P.DRAINING, P.CLOSING_HINTS})
+
+
+def means_nothing(phase: SourcePhase, event: type[SourceEvent]) -> bool:
+    """Whether such an event, which is in no row of the table for this phase, is legal there and changes nothing."""
+    return (phase in TURNED_PHASES and event in LATE_ANSWERS) or event in WITHOUT_MEANING.get(phase, ())

@@ -219,7 +219,7 @@ class Node(Process):
         self.run.start()
 
     def _ended(self, run: SourceRun, command: do.EndMigration) -> None:
-        if run.hints_asked and command.outcome != "completed" and not self.balloon.told_done:
+        if run.shell.hints_asked and command.outcome != "completed" and not self.balloon.told_done:
             raise ViolationError(
                 "the guest has its pages back", f"an attempt ended {command.outcome} without DONE"
             )

@@ -1,94 +1,55 @@
-"""The source role of a simulated node: source_node/migration_run.py and shell.py in virtual time, and its restart.
+"""The source role of a simulated node: source_node/migration_run.py in virtual time.
 
-Rule 1: one thing at a time, with a moment between two orders: the guest lives on between them.
-Rule 2: the order of effects is the real shell's; what fails is told as the real shell tells it.
+Rule 1: one thing at a time, with a moment between two orders: the guest lives on between them, and what others tell
+        may come in between.
+Rule 2: at a point where a fault comes the run is held until the fault is felt.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING
 
-from host.trackers import UffdTracker
 from migration import commands as do
 from migration import events as told
-from migration.codec import image_digest
 from migration.errors import RemoteProtocolError
-from migration.page_bits import PageBits
 from migration.source_machine import SourceMachine
-from source_node.packer import packers
-from source_node.page_reader import PageReader
+from migration.source_phases import SourcePhase
 from testbed.sim import points
 from testbed.sim.errors import AgentGone, AgentRefused, DeviceNotReady, ViolationError
-from testbed.sim.network import Lost, Refusal
-from testbed.sim.orders import Order, Prepare, in_a_line
-from testbed.sim.page_lanes import SimStreams
+from testbed.sim.orders import Order, in_a_line
 from testbed.sim.plants import Plant
+from testbed.sim.source_shell import SourceShell
 from testbed.sim.world import MS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from host.hint_batch import HintBatch
-    from migration.identity import AttemptKey
-    from migration.pages import U64Array
     from testbed.sim.node import Node
 
 STEP_NS = 15_000
 SLOW_STEPS, SLOW_STEP_NS = 0.05, 4 * MS
-HOLD_NS = 40 * MS  # at a point where a fault comes, until it is felt
-OPEN_NS, PREPARE_NS, COMMIT_NS = 1_500 * MS, 3_000 * MS, 800 * MS
-FAREWELL_NS = 500 * MS
-CLOSE_NS = 60 * MS
-ARMING_NS = 4 * MS
-LATE_NEWS, LATE_NEWS_NS = 0.04, 20 * MS  # a stream's thread had to wait before it could tell
+HOLD_NS = 40 * MS
 EVENTS_MAX = 64  # of a machine's queue: hint reports come slower than they are taken
-
-
-class Scanner:
-    """The kernel's write protection as host/pagemap.py gives it."""
-
-    def __init__(self, run: SourceRun) -> None:
-        self._run = run
-
-    def scan_and_protect(self) -> PageBits:
-        """Pages written since the last time."""
-        guest = self._run.guest
-        dirty = PageBits.of(guest.written)
-        if self._run.node.world.plant is not Plant.DIRTY_BIT_CLEARED_AFTER_READ or not self._run.tracking:
-            guest.written[:] = False
-        return dirty
 
 
 class SourceRun:
     """One attempt. `ended` is told once, with the outcome."""
 
     def __init__(self, node: Node, order: Order, ended: Callable[[SourceRun, do.EndMigration], None]) -> None:
-        assert node.agent.guest is not None, "a migration needs a guest"
         self.node = node
         self.order = order
         self.machine = SourceMachine(batch_pages=node.host.options.batch_pages)
-        self.guest = node.agent.guest
-        self.tracking = False
         self.over = False
-        self.hints_asked = False
+        self.blocked = False
+        self.dice = node.world.dice(f"steps of {node.name}")
+        self.shell = SourceShell(self, node, order)
         self._ended = ended
         self._events: deque[told.SourceEvent] = deque()
         self._first: deque[told.SourceEvent] = deque()
         self._commands: deque[do.SourceCommand] = deque()
         self._timers: dict[told.Timer, object] = {}
-        self._dice = node.world.dice(f"steps of {node.name}")
-        self._blocked = False
         self._stepping = False
-        self._calls: list[Any] = []
-        self._streams: SimStreams | None = None
-        self._reader: PageReader | None = None
-        self._tracker: UffdTracker | None = None
-        self._incarnation = ""
-        self._prepare: Prepare | None = None
-        self._kept_id = 0  # planted: the one command id
-        self._rounds_sent: dict[int, int] = {}
-        node.balloon.sink = self._hinted
 
     # -- from outside --------------------------------------------------------------------------
 
@@ -97,15 +58,20 @@ class SourceRun:
         order = self.order
         self._first.append(
             told.MigrationRequested(
-                order.key, self.guest.ram.pages, order.skip, order.limits, order.hint_wait_ms, order.rehearsal
+                order.key,
+                self.shell.guest.ram.pages,
+                order.skip,
+                order.limits,
+                order.hint_wait_ms,
+                order.rehearsal,
             )
         )
-        self._go_on()
+        self.go_on()
 
     def take_up(self, digest: int) -> None:
         """An attempt that was COMMITTING when the process ended."""
         self._first.append(told.CommitPending(self.order.key, digest))
-        self._go_on()
+        self.go_on()
 
     def cancel(self, reason: str) -> None:
         """The wish."""
@@ -118,29 +84,21 @@ class SourceRun:
         self._events.append(event)
         if len(self._events) > EVENTS_MAX:
             raise ViolationError("bounded", f"{len(self._events)} events wait for the source machine")
-        self._go_on()
-
-    def _hinted(self, batch: HintBatch) -> None:
-        if self.node.world.plant is Plant.DIRTY_LOG_CLEARED_AT_HINT:
-            self._forget_dirty(batch)
-        self.post(_report(batch))
-
-    def _forget_dirty(self, batch: HintBatch) -> None:
-        for first, count in zip(batch.pfn_first.tolist(), batch.page_count.tolist(), strict=True):
-            self.guest.written[first : first + count] = False
+        self.go_on()
 
     # -- the loop ------------------------------------------------------------------------------
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """There is something to do."""
         if not self._stepping and not self.over:
             self._stepping = True
-            slow = self._dice.random() < SLOW_STEPS  # the thread had to wait for a processor
-            delay_ns = self._dice.randrange(STEP_NS, SLOW_STEP_NS) if slow else STEP_NS
+            slow = self.dice.random() < SLOW_STEPS  # the thread had to wait for a processor
+            delay_ns = self.dice.randrange(STEP_NS, SLOW_STEP_NS) if slow else STEP_NS
             self.node.world.after(delay_ns, self._step, self.node)
 
     def _step(self) -> None:
         self._stepping = False
-        if self.over or self._blocked:
+        if self.over or self.blocked:
             return
         if self._commands:
             self._execute(self._commands.popleft())
@@ -151,7 +109,7 @@ class SourceRun:
         else:
             return
         if not self.over:
-            self._go_on()
+            self.go_on()
 
     def _handle(self, event: told.SourceEvent) -> None:
         world, machine = self.node.world, self.machine
@@ -160,41 +118,32 @@ class SourceRun:
         world.coverage[f"source {before.name} {type(event).__name__} {machine.phase.name}"] += 1
         if world.transcript is not None:
             world.say(self.node.name, f"{in_a_line(event)}: {before.name} -> {machine.phase.name}")
-        if self.machine.round_set is not None:
-            self.machine.round_set.ledger  # noqa: B018 - balanced when frozen; a wrong sum raises there
-        if self._plants_late(event):
-            return
-
-    def _plants_late(self, event: told.SourceEvent) -> bool:
-        plant = self.node.world.plant
         lost = isinstance(event, told.LinkLost | told.PeerLost)
-        committing = self.machine.phase.name == "COMMITTING"
-        if plant is Plant.RESUME_AFTER_COMMITTING and committing and lost:
+        if world.plant is Plant.RESUME_AFTER_COMMITTING and lost and machine.phase is SourcePhase.COMMITTING:
             self.node.agent.resume(self.order.key.guest_epoch)
-            return True
-        return False
 
     def _execute(self, command: do.SourceCommand) -> None:
         world, seen = self.node.world, type(command) not in points.UNSEEN
         if seen and world.reach(points.before("source", type(command))):
             # Held until the fault is in force: what it brings may be told before what the order brings.
-            self._blocked = True
-            self.node.world.after(self._dice.randrange(1, HOLD_NS), lambda: self._let_go(command), self.node)
+            self.blocked = True
+            self.node.world.after(self.dice.randrange(1, HOLD_NS), lambda: self._let_go(command), self.node)
             return
-        self._do(command, seen=seen)
+        self.carry_out(command, seen=seen)
 
     def _let_go(self, command: do.SourceCommand) -> None:
-        self._blocked = False
-        self._do(command, seen=True)
+        self.blocked = False
+        self.carry_out(command, seen=True)
         if not self.over:
-            self._go_on()
+            self.go_on()
 
-    def _do(self, command: do.SourceCommand, *, seen: bool) -> None:
+    def carry_out(self, command: do.SourceCommand, *, seen: bool) -> None:
+        """Carry an order out; `seen` ones have a point behind them."""
         world = self.node.world
         if world.transcript is not None:
             world.say(self.node.name, f"    {in_a_line(command)}")
         try:
-            self._carry_out(command)
+            self.shell.carry_out(command)
         except (AgentRefused, AgentGone, DeviceNotReady) as error:
             self.post(told.HostFailed(f"{type(command).__name__}: {error}"))
         except RemoteProtocolError as error:
@@ -202,87 +151,15 @@ class SourceRun:
         if seen:
             world.reach(points.after("source", type(command)))
 
-    def _carry_out(self, command: do.SourceCommand) -> None:  # noqa: C901, PLR0912, PLR0915 - one arm per order
-        node, agent = self.node, self.node.agent
-        match command:
-            case do.RecordState():
-                self._record(command)
-            case do.OpenDestination():
-                self._open(resume=False)
-            case do.ResumeDestination():
-                self._open(resume=True)
-            case do.ResumeStreams(stored_below):
-                lost = self._lanes.resume(stored_below)
-                self.post(told.StreamsResumed(len(lost)))
-            case do.ThrottleGuest(percent):
-                agent.throttle(percent)
-            case do.StartTracking():
-                self._start_tracking()
-            case do.Harvest():
-                self._harvest()
-            case do.OpenHints():
-                self._open_hints()
-            case do.CloseHints():
-                self._close_hints()
-            case do.EndHints():
-                if node.world.plant is not Plant.DONE_FORGOTTEN_ON_CANCEL:
-                    node.balloon.hints_done()
-            case do.ArmTimer(timer, delay_ms):
-                self._arm(timer, delay_ms)
-            case do.DisarmTimer(timer):
-                self._timers.pop(timer, None)
-            case do.SendPages(round_index, pfns):
-                self._lanes.send(round_index, pfns)
-            case do.AwaitAcknowledgements():
-                round_set = self.machine.round_set
-                self._lanes.await_acknowledgements(round_set.index if round_set else 0)
-            case do.PauseGuest():
-                agent.pause()
-                node.balloon.serve_out()
-                self.post(told.GuestPaused())
-            case do.SaveGuest(rehearsal):
-                self._save(rehearsal)
-            case do.SendPrepare():
-                self._send_prepare()
-            case do.SendCommit(key, digest):
-                self._send_commit(key, digest)
-            case do.KeepEvidence():
-                self.post(told.EvidenceKept())
-            case do.ResumeGuest(key):
-                self._resume(key)
-            case do.FreezeGuest():
-                self._freeze()
-            case do.AbortDestination(key, reason):
-                if node.world.plant is not Plant.PREPARE_REPLAYED_AFTER_RESUME:
-                    self._farewell(lambda intake: intake.abort(key, reason))
-            case do.ForgetDestination(key):
-                self._farewell(lambda intake: intake.forget(key))
-            case do.Note():
-                pass
-            case do.EndMigration():
-                self._finish(command)
-            case _ as never:
-                assert_never(never)
+    # -- for the shell -------------------------------------------------------------------------
 
-    @property
-    def _lanes(self) -> SimStreams:
-        assert self._streams is not None, "no page stream was opened"
-        return self._streams
+    def post_first(self, event: told.SourceEvent) -> None:
+        """Before everything that is queued."""
+        self._first.appendleft(event)
 
-    # -- orders --------------------------------------------------------------------------------
-
-    def _record(self, command: do.RecordState) -> None:
-        journal, key, state = self.node.journal, command.key, command.state
-        if state is told.Recorded.STARTED:
-            journal.begin(key, "source", state.value, detail=self.order.integrity)
-        elif state is told.Recorded.COMPLETED:
-            journal.move(key, "source", {"COMMITTING"}, state.value)
-        elif state is told.Recorded.COMMITTING:
-            assert self._prepare is not None, "COMMITTING without a Prepare"
-            journal.move(key, "source", {"STARTED"}, state.value, digest=self._prepare.image_digest)
-        else:
-            journal.move(key, "source", {"STARTED", "COMMITTING"}, state.value, detail=command.reason)
-        self.post(told.StateRecorded(state))
+    def disarm(self, timer: told.Timer) -> None:
+        """It does not fire."""
+        self._timers.pop(timer, None)
 
     def hurry(self) -> None:
         """Every timer that is armed fires now."""
@@ -290,7 +167,8 @@ class SourceRun:
             del self._timers[timer]
             self.post(told.TimerFired(timer))
 
-    def _arm(self, timer: told.Timer, delay_ms: int) -> None:
+    def arm(self, timer: told.Timer, delay_ms: int) -> None:
+        """In so many milliseconds; again replaces."""
         mark = self._timers[timer] = object()
 
         def fire() -> None:
@@ -300,216 +178,8 @@ class SourceRun:
 
         self.node.world.after(delay_ms * MS, fire, self.node)
 
-    def _call(
-        self, serve: Callable[[Any], Any], answered: Callable[[Any], told.SourceEvent], limit_ns: int
-    ) -> None:
-        def done(answer: Any) -> None:
-            match answer:
-                case Lost(reason):
-                    self.post(told.LinkLost(reason))
-                case Refusal(reason):
-                    self.post(told.PeerLost(reason))
-                case _:
-                    self._answered(answered(answer))
-
-        self._calls.append(self.node.peer_call(serve, done, limit_ns))
-
-    def _answered(self, event: told.SourceEvent) -> None:
-        prepared = isinstance(event, told.PrepareAnswered) and event.answer is told.Answer.PREPARED
-        if self.over and prepared and self.node.world.plant is Plant.PREPARE_REPLAYED_AFTER_RESUME:
-            assert self._prepare is not None, "an answer without its question"
-            key, digest = self.order.key, self._prepare.image_digest
-            self.node.peer_call(lambda intake: intake.commit(key, digest), lambda _: None, COMMIT_NS)
-        self.post(event)
-
-    def _open(self, *, resume: bool) -> None:
-        order, pages = self.order, self.guest.ram.pages
-
-        def opened(answer: tuple[str, tuple[int, ...]]) -> told.SourceEvent:
-            incarnation, stored_below = answer
-            if resume and incarnation != self._incarnation:
-                return told.PeerLost(
-                    "the destination goes on with another memory than the one that was sent to"
-                )
-            self._incarnation = incarnation
-            return told.DestinationResumed(stored_below) if resume else told.DestinationOpened(incarnation)
-
-        self._call(lambda intake: intake.open(order, pages, resume=resume), opened, OPEN_NS)
-
-    def _start_tracking(self) -> None:
-        node = self.node
-        self._reader = PageReader(
-            self.guest.ram,  # type: ignore[arg-type]  # the same face
-            incarnation=self._incarnation,
-            attempt=self.order.key.attempt,
-            detects_zero=self.order.skip.detects_zero,
-        )
-        packed = packers(self.order.packing, self.order.streams, self.guest.ram.pages)
-        streams = SimStreams(node.world, node, node.peer_stream, self._reader, packed)
-        streams.sent = self._pages_sent
-        streams.acknowledged = lambda: self._tell_in_time(told.AllAcknowledged())
-        streams.lost = lambda reason, refused: self.post(
-            told.PeerLost(reason) if refused else told.LinkLost(reason)
-        )
-        streams.was_read = self._was_read
-        self._streams = streams
-        self._blocked = True
-        node.world.after(self._dice.randrange(1, ARMING_NS), self._armed, node)
-
-    def _armed(self) -> None:
-        """The streams were open while the tracker was armed."""
-        assert self._reader is not None, "tracking is being started"
-        self._blocked = False
-        self._tracker = UffdTracker(Scanner(self), self.node.balloon.log)  # type: ignore[arg-type]
-        self._tracker.start()
-        self.tracking = True
-        self._reader.find_holes()
-        self.post(told.TrackingStarted())
-
-    def _pages_sent(self, sent: told.PagesSent) -> None:
-        self._tell_in_time(sent)
-
-    def _tell_in_time(self, event: told.SourceEvent) -> None:
-        """At once, as a rule; other news may overtake it."""
-        if self._dice.random() < LATE_NEWS:
-            self.node.world.after(self._dice.randrange(1, LATE_NEWS_NS), lambda: self.post(event), self.node)
-        else:
-            self.post(event)
-
-    def _was_read(self, pfns: U64Array) -> None:
-        if self.node.world.plant is Plant.DIRTY_BIT_CLEARED_AFTER_READ:
-            guest = self.guest
-
-            def clear() -> None:
-                guest.written[pfns] = False
-
-            self.node.world.after(MS, clear, self.node)
-
-    def _harvest(self) -> None:
-        assert self._tracker is not None, "tracking was not started"
-        self.post(told.Harvested(self._tracker.harvest()))
-
-    def _open_hints(self) -> None:
-        balloon = self.node.balloon
-        self.hints_asked = True
-        if self._kept_id:
-            self._first.appendleft(told.HintsOpened(self._kept_id))
-            return
-        try:
-            command_id = balloon.open_hints()
-        except DeviceNotReady:
-            self._first.appendleft(told.HintsReported(0, stopped=True))
-            self._first.appendleft(told.HintsOpened(0))
-            return
-        if self.node.world.plant is Plant.HARVEST_WHILE_ID_OPEN:
-            self._kept_id = command_id
-        self._first.appendleft(told.HintsOpened(command_id))
-
-    def _close_hints(self) -> None:
-        if self._kept_id:
-            self.post(told.HintsClosed(told.HintsReported(self._kept_id)))
-            return
-        last = self.node.balloon.close_hints()
-        if self.node.world.plant is Plant.DIRTY_LOG_CLEARED_AT_HINT:
-            self._forget_dirty(last)
-        self.post(told.HintsClosed(_report(last)))
-
-    def _save(self, rehearsal: bool) -> None:
-        vcpu_state = b"" if rehearsal else self.node.agent.save()
-        device = self.node.balloon.device_state()
-        self._blocked = True
-
-        def closed(in_order: bool) -> None:
-            if self.over or not self._blocked:
-                return
-            self._blocked = False
-            if not in_order:
-                self._lanes.cancel()  # every chunk is acknowledged: Prepare will show what became of the link
-            self._saved(vcpu_state, device, rehearsal)
-            self._go_on()
-
-        self._lanes.close(closed)
-        self.node.world.after(CLOSE_NS, lambda: closed(False), self.node)
-
-    def _saved(self, vcpu_state: bytes, device: bytes, rehearsal: bool) -> None:
-        assert self._reader is not None, "tracking was not started"
-        digest = image_digest(self._reader.sent_hashes, vcpu_state, device)
-        self._prepare = Prepare(
-            self.order.key,
-            self._incarnation,
-            digest,
-            vcpu_state,
-            device,
-            self._lanes.sent_chunks,
-            rehearsal,
-        )
-        self.post(told.GuestSaved(digest))
-
-    def _send_prepare(self) -> None:
-        prepare = self._prepare
-        assert prepare is not None, "Prepare before the guest was saved"
-        self._call(
-            lambda intake: intake.prepare(prepare),
-            lambda reply: told.PrepareAnswered(reply.answer, reply.reason),
-            PREPARE_NS,
-        )
-
-    def _send_commit(self, key: AttemptKey, digest: int) -> None:
-        self._call(
-            lambda intake: intake.commit(key, digest),
-            lambda reply: told.CommitAnswered(reply.answer, reply.reason),
-            COMMIT_NS,
-        )
-
-    def _resume(self, key: AttemptKey) -> None:
-        """The guest must not stay paused because its agent was silent: ask until it answers or is gone."""
-        agent = self.node.agent
-        try:
-            agent.resume(key.guest_epoch)
-        except AgentGone:
-            if not agent.alive:
-                raise
-            self._blocked = True
-            self.node.world.after(5 * MS, lambda: self._resume_again(key), self.node)
-        else:
-            self.post(told.GuestResumed())
-
-    def _resume_again(self, key: AttemptKey) -> None:
-        self._blocked = False
-        self._do(do.ResumeGuest(key), seen=False)
-        self._go_on()
-
-    def _freeze(self) -> None:
-        try:
-            self.node.agent.freeze()
-        except (AgentGone, AgentRefused) as error:
-            self.node.world.say(self.node.name, f"freeze failed: {error}")
-
-    def _farewell(self, serve: Callable[[Any], Any]) -> None:
-        if self._streams is not None and not self._lanes_over():
-            self._lanes.cancel()
-        self.node.peer_call(serve, lambda _: None, FAREWELL_NS)
-
-    def _lanes_over(self) -> bool:
-        return self._streams is None or self._streams._over  # noqa: SLF001 - one shell in two files
-
-    def _finish(self, command: do.EndMigration) -> None:
+    def finish(self, command: do.EndMigration) -> None:
+        """The attempt is over."""
         self.over = True
-        if self._streams is not None:
-            self._streams.cancel()
-        if self.node.world.plant is not Plant.PREPARE_REPLAYED_AFTER_RESUME:
-            for call in self._calls:
-                call.forget()
-        self.node.balloon.sink = lambda _: None
+        self.shell.release()
         self._ended(self, command)
-
-
-def _report(batch: HintBatch) -> told.HintsReported:
-    return told.HintsReported(
-        command_id=batch.command_id,
-        pfn_first=batch.pfn_first,
-        page_count=batch.page_count,
-        stopped=batch.stopped,
-        stale_pages=batch.stale_pages,
-        rejected_ranges=batch.rejected_ranges,
-    )
