@@ -22,7 +22,7 @@ from host.trackers import DirtyTracker, HashTracker, UffdTracker
 from migration import commands as do
 from migration import events as told
 from migration.codec import image_digest
-from migration.errors import ProtocolError
+from migration.errors import ProtocolError, RemoteProtocolError
 from migration.pb import migration_pb2
 from migration.source_phases import SourcePhase
 from source_node.accounting import Stopwatch
@@ -154,6 +154,8 @@ class SourceShell:
             reach_after(self._host.points, command)
         except (JournalConflict, sqlite3.Error):
             raise
+        except RemoteProtocolError as error:
+            self._post(told.PeerLost(f"the destination broke the protocol: {error}"))
         except (HostError, OSError, grpc.RpcError, ProtocolError) as error:
             self._post(told.HostFailed(f"{type(command).__name__}: {' '.join(str(error).split())}"))
         except Exception as error:

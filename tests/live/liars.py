@@ -51,6 +51,23 @@ def _hangs_up(messages, _context):
     yield from ()
 
 
+def _loses_the_link(messages, context):
+    next(messages)
+    yield acknowledge(1)
+    context.abort(grpc.StatusCode.UNAVAILABLE, "the link is gone")
+
+
+def resumes_with(stored_below):
+    """Opens honestly, loses the link, and says then that it has stored these."""
+
+    def opens(data, _context):
+        resumed = pb.OpenRequest.FromString(data).resume
+        reply = pb.OpenReply(incarnation="0" * 32, stored_below=stored_below if resumed else ())
+        return reply.SerializeToString()
+
+    return {"Open": grpc.unary_unary_rpc_method_handler(opens), "Pages": streams(_loses_the_link)}
+
+
 LIES = {
     "no such service": {},
     "open is garbage": {"Open": answers(GARBAGE)},

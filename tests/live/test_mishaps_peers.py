@@ -3,6 +3,7 @@
 One guest for all of them: whatever its hosts hear, it runs on, gets its pages back, and migrates in the end.
 """
 
+import json
 import os
 import threading
 
@@ -17,7 +18,7 @@ from migration.pb import migration_pb2_grpc
 from testbed.checkers import memory
 from testbed.errors import RunBrokenError
 from testbed.record import load
-from tests.live.liars import LIES, grpc_liar, tcp_liar
+from tests.live.liars import LIES, grpc_liar, resumes_with, tcp_liar
 from tests.live.runs import TINY, WRITER, Bed, is_one_line, scenario
 
 pytestmark = pytest.mark.live
@@ -53,6 +54,17 @@ def assert_failed_in_one_line(bed, ended):
 def test_a_grpc_server_that_answers_nonsense_is_no_destination(giver, lie):
     with grpc_liar(LIES[lie]) as address:
         assert_failed_in_one_line(giver, giver.migrate(dest_address=address))
+
+
+@pytest.mark.parametrize(
+    "stored_below", [[10**9], [0], [1, 1]], ids=["too many", "too few", "another number"]
+)
+def test_a_destination_that_goes_on_with_what_it_cannot_have_is_blamed(giver, stored_below):
+    with grpc_liar(resumes_with(stored_below)) as address:
+        ended = giver.migrate(dest_address=address, link_timeout_ms=10_000, streams=1)
+        assert_failed_in_one_line(giver, ended)
+    assert "destination" in ended.fields["reason"]
+    assert "internal error" not in ended.fields["reason"]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +242,18 @@ def test_a_message_beyond_every_limit_is_refused(source):
     error = source.send(bytes(16 << 20))
     assert error is not None
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_what_was_refused_is_counted_by_kind_and_told(taker, source):
+    def refused():
+        facts = json.loads(taker.dest.describe().facts_json)
+        return facts["refused_calls"].get("Pages", {}).get("invalid_argument", 0)
+
+    before = refused()
+    assert source.send(b"") is not None
+    assert refused() == before + 1
+    told = taker.wait("call_refused", "dest")
+    assert is_one_line(told.fields["reason"])
 
 
 class Endless:
