@@ -56,9 +56,7 @@ def test_a_grpc_server_that_answers_nonsense_is_no_destination(giver, lie):
         assert_failed_in_one_line(giver, giver.migrate(dest_address=address))
 
 
-@pytest.mark.parametrize(
-    "stored_below", [[10**9], [0], [1, 1]], ids=["too many", "too few", "another number"]
-)
+@pytest.mark.parametrize("stored_below", [[10**9], [1, 1]], ids=["too many", "another number"])
 def test_a_destination_that_goes_on_with_what_it_cannot_have_is_blamed(giver, stored_below):
     with grpc_liar(resumes_with(stored_below)) as address:
         ended = giver.migrate(dest_address=address, link_timeout_ms=10_000, streams=1)
