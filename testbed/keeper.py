@@ -4,6 +4,7 @@ Rule 1: it is a run whose steps come from outside: the same hosts, history, witn
         run's end, and everything it started ends with it.
 Rule 2: one migration at a time; status and faults are answered beside it. Every request is answered once, and an
         error is an answer.
+        Nobody who watches, or has stopped watching, holds anything up.
 Rule 3: the session ends by `down` (the guest is checked, the record judged) or by a signal (neither).
 Rule 4: legs are written into the manifest as they are made, so that the record can be judged at any time.
 """
@@ -15,6 +16,7 @@ import os
 import socket
 import sys
 import threading
+from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -38,17 +40,27 @@ if TYPE_CHECKING:
     from testbed.session import Session
 
 BACKLOG: Final = 16
+WAITING_LINES_MAX: Final = 16_384  # a quarter of an hour of progress, some MiB: a viewer that is stopped
+LAST_WORDS_S: Final = 5.0  # for an answer to be read before we go on or end; nobody who listens needs it
 REQUEST_BYTES_MAX: Final = 1 << 20  # an order of some hundred bytes; more is not one of ours
 FIRST_LEG: Final = "b"
 
 
 class Voice:
-    """One command's ear: lines of JSON, as long as it listens."""
+    """One command's ear: lines of JSON, as long as it listens.
 
-    def __init__(self, write: Callable[[bytes], object]) -> None:
-        self._write = write
-        self._lock = threading.Lock()
-        self._gone = False
+    Whoever speaks is never held up: lines wait for a thread of the voice's own. A listener who was stopped (Ctrl-Z)
+    finds them when he goes on; one who lets WAITING_LINES_MAX of them wait is told nothing more.
+    """
+
+    def __init__(self, write: Callable[[bytes], object], finish: Callable[[], object] = lambda: None) -> None:
+        """`write` may block; `finish` is called once, after the last line or when nobody listens any more."""
+        self._write, self._finish = write, finish
+        self._lines: deque[bytes] = deque()
+        self._changed = threading.Condition()
+        self._over = False
+        self._writer = threading.Thread(target=self._write_all, name="voice", daemon=True)
+        self._writer.start()
 
     def event(self, event: Event) -> None:
         """What happens meanwhile."""
@@ -64,13 +76,31 @@ class Voice:
 
     def _say(self, document: dict[str, Any]) -> None:
         line = json.dumps(document, ensure_ascii=False).encode() + b"\n"
-        with self._lock:
-            if self._gone:
-                return
-            try:
+        with self._changed:
+            if not self._over:
+                self._lines.append(line)
+                self._over = len(self._lines) >= WAITING_LINES_MAX
+                self._changed.notify()
+
+    def close(self, wait_s: float = 0.0) -> None:
+        """Nothing more will be said. Waits at most so long until what was said is written."""
+        with self._changed:
+            self._over = True
+            self._changed.notify()
+        self._writer.join(wait_s)
+
+    def _write_all(self) -> None:
+        try:
+            while (line := self._next_line()) is not None:
                 self._write(line)
-            except OSError:  # it went away: Ctrl-C, a closed terminal; what it asked for goes on
-                self._gone = True
+        except OSError:  # it went away: Ctrl-C, a closed terminal; what it asked for goes on
+            self._over = True
+        self._finish()
+
+    def _next_line(self) -> bytes | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._lines or self._over)  # ends: `close`
+            return self._lines.popleft() if self._lines else None
 
 
 class Keeper:
@@ -112,6 +142,7 @@ class Keeper:
             session.history.note("session_stands", keeper_pid=os.getpid())
             self._voices.remove(self._up)
             self._up.answer({"session": str(run_dir.path)})
+            self._up.close(LAST_WORDS_S)
             _leave_the_terminal(run_dir.logs / "keeper.log")
             self._interrupt.listen(self._ended.set)
             stack.callback(self._interrupt.ignore, self._ended.set)
@@ -129,10 +160,12 @@ class Keeper:
             self._down.answer(finished())
         except TestbedError as error:
             self._down.refuse(error)
+        self._down.close(LAST_WORDS_S)
 
     def failed(self, error: TestbedError) -> None:
         """The session did not come to stand."""
         self._up.refuse(error)
+        self._up.close(LAST_WORDS_S)
 
     def _serve(self, listener: socket.socket, hands: ByHand) -> None:
         while True:
@@ -145,7 +178,7 @@ class Keeper:
     def _hear(self, connection: socket.socket, hands: ByHand) -> None:
         with connection.makefile("rb") as asked:
             line = asked.readline(REQUEST_BYTES_MAX)
-        voice = Voice(connection.sendall)
+        voice = Voice(connection.sendall, connection.close)
         try:
             request = json.loads(line)
             answer = self._carry_out(str(request["command"]), request, voice, hands)
@@ -156,7 +189,7 @@ class Keeper:
             voice.refuse(error)
         except (ValueError, KeyError, TypeError) as error:
             voice.refuse(UsageError(f"the request is not understood: {type(error).__name__}: {error}"))
-        connection.close()
+        voice.close()
 
     def _carry_out(  # noqa: PLR0911 - one answer a command
         self, command: str, request: dict[str, Any], voice: Voice, hands: ByHand
@@ -239,14 +272,14 @@ def main() -> int:
     if not scenario.leg:
         leg = Leg.model_validate({**scenario.migration.model_dump(), "to": FIRST_LEG})
         scenario = scenario.model_copy(update={"leg": (leg,)})
-    out = sys.stdout.buffer
+    out = os.dup(sys.stdout.fileno())  # the voice's own: it may still be written when the session has left it
 
     def write(line: bytes) -> None:
-        out.write(line)
-        out.flush()
+        while line:
+            line = line[os.write(out, line) :]
 
     with Interrupt() as interrupt:
-        keeper = Keeper(Voice(write), interrupt)
+        keeper = Keeper(Voice(write, lambda: os.close(out)), interrupt)
         try:
             run_dir, broken = record_run(scenario, Path(order["out"]), interrupt, keeper.watch, keeper.keep)
         except TestbedError as error:

@@ -2,13 +2,16 @@
 
 import io
 import json
+import socket
+import threading
 from types import SimpleNamespace
 
 import pytest
 
-from testbed import standing
+from testbed import keeper, standing
 from testbed.by_hand import ByHand
 from testbed.errors import MachineCannotError, RunBrokenError, UsageError
+from testbed.history import Event
 from testbed.hosts import runtime_dir
 from testbed.keeper import Voice
 from testbed.run_dir import RunDir
@@ -109,7 +112,44 @@ def test_a_listener_who_went_away_disturbs_nobody():
     voice = Voice(broken)
     voice.answer({})
     voice.answer({})
+    voice.close(10)
     assert len(calls) == 1, "it is not tried again"
+
+
+def test_a_listener_who_was_stopped_holds_nobody_up_and_finds_everything_when_he_goes_on():
+    """Ctrl-Z at `ballast migrate`: the socket is full after some 170 events, and the migration must go on."""
+    ours, theirs = socket.socketpair()
+    voice = Voice(ours.sendall, ours.close)
+    told = [Event(at_ns, "source", "progress", {"what": "x" * 200}) for at_ns in range(4000)]
+    speaker = threading.Thread(target=lambda: [voice.event(event) for event in told], daemon=True)
+    speaker.start()
+    speaker.join(60)
+    assert not speaker.is_alive(), "he who does not read must not stop him who speaks"
+    voice.answer({"leg": 1})
+    voice.close()
+    seen = []
+    with theirs, theirs.makefile("r") as stream:
+        assert standing.read_answer(stream, seen.append) == {"leg": 1}
+    assert [event.at_ns for event in seen] == list(range(4000))
+
+
+def test_a_listener_who_never_goes_on_is_given_up(monkeypatch):
+    monkeypatch.setattr(keeper, "WAITING_LINES_MAX", 3)
+    held, reading, written = threading.Event(), threading.Event(), []
+
+    def write(line):
+        reading.set()
+        held.wait(60)
+        written.append(line)
+
+    voice = Voice(write)
+    voice.answer({"number": 0})
+    assert reading.wait(60)
+    for number in range(1, 9):
+        voice.answer({"number": number})
+    held.set()
+    voice.close(60)
+    assert [json.loads(line)["answer"]["number"] for line in written] == [0, 1, 2, 3]
 
 
 @pytest.fixture
