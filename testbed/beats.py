@@ -26,15 +26,28 @@ def read_beats(path: Path) -> BeatArray:
     return np.frombuffer(data[: len(data) // BEAT.itemsize * BEAT.itemsize], dtype=BEAT)
 
 
-def blackout_ns(source: BeatArray, dest: BeatArray, window_ns: tuple[int, int]) -> int | None:
+def blackout_ns(
+    source: BeatArray,
+    dest: BeatArray,
+    window_ns: tuple[int, int],
+    earlier_ns: tuple[int, int] | None = None,
+) -> int | None:
     """The longest time without a beat in nanoseconds, or None when the beats do not tell.
 
     Across a switch it is the gap from the last beat at the source to the first at the destination. When the
     guest never ran at the destination it is the longest gap between neighbours that touch the window.
+    `earlier_ns` is the time of earlier attempts, whose gaps count as well: the guest stood still for them, too.
     """
+    earlier = _longest_gap_ns(source, earlier_ns) if earlier_ns is not None else None
     if len(source) and len(dest):
-        return int(dest["at_ns"][0]) - int(source["at_ns"][-1])
-    at_ns = source["at_ns"].astype(np.int64)
+        newest: int | None = int(dest["at_ns"][0]) - int(source["at_ns"][-1])
+    else:
+        newest = _longest_gap_ns(source, window_ns)
+    return max((gap for gap in (earlier, newest) if gap is not None), default=None)
+
+
+def _longest_gap_ns(beats: BeatArray, window_ns: tuple[int, int]) -> int | None:
+    at_ns = beats["at_ns"].astype(np.int64)
     first, last = window_ns
     inside = (at_ns[1:] >= first) & (at_ns[:-1] <= last)
     gaps = np.diff(at_ns)[inside]

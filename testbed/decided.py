@@ -8,6 +8,7 @@ Rule 3: a migration is tried again only when the link or the destination was los
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel, ConfigDict
@@ -83,6 +84,37 @@ def decisions_of(record: RunRecord) -> list[DecisionPart]:
 def _restored(fields: Mapping[str, Any]) -> str:
     paused_ms, resent = fields.get("paused_ms", 0.0), fields.get("resent_pages", 0)
     return f"the link is back after {paused_ms:.0f} ms, {resent} pages go again"
+
+
+class AttemptPart(_Part):
+    """An attempt that was made again: what it cost the guest is in no figure of the last one."""
+
+    outcome: str
+    reason: str
+    total_ms: float = 0.0
+    downtime_ms: float = 0.0
+    recoveries: RecoveriesPart = RecoveriesPart()
+    throttle: ThrottlePart = ThrottlePart()
+
+
+def earlier_attempts_of(record: RunRecord) -> list[AttemptPart]:
+    """Of all attempts but the last, in order; one whose end nobody told is called "unknown"."""
+    requests = list(record.all("migration_requested", "testbed"))
+    ends = sorted(record.all("migration_ended", "source"), key=lambda event: event.at_ns)
+    parts = []
+    for asked, following in pairwise(requests):
+        told = [event.fields for event in ends if asked.at_ns <= event.at_ns < following.at_ns]
+        fields = told[-1] if told else {"outcome": "unknown", "reason": "nobody told its end"}
+        parts.append(
+            AttemptPart.model_validate(
+                {
+                    **known(AttemptPart, fields),
+                    "recoveries": known(RecoveriesPart, fields.get("recoveries")),
+                    "throttle": known(ThrottlePart, fields.get("throttle")),
+                }
+            )
+        )
+    return parts
 
 
 def known(part: type[_Part], fields: Any) -> dict[str, Any]:

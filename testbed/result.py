@@ -14,7 +14,15 @@ from pydantic import BaseModel, ConfigDict
 
 from testbed.account import Account, account_of, dest_bytes_of_rounds
 from testbed.beats import blackout_ns
-from testbed.decided import DecisionPart, RecoveriesPart, ThrottlePart, decisions_of, known
+from testbed.decided import (
+    AttemptPart,
+    DecisionPart,
+    RecoveriesPart,
+    ThrottlePart,
+    decisions_of,
+    earlier_attempts_of,
+    known,
+)
 from testbed.leg_views import leg_path, legs_of
 from testbed.predicted import predicted_of
 from virtio.balloon import (
@@ -220,6 +228,7 @@ class Result(Part):
     own_memory: MemoryPart
     downtime_ms_estimated: float | None = None  # when the guest was paused for good; compare with downtime_ms
     attempts: int = 1
+    earlier_attempts: list[AttemptPart] = []  # the other figures are the last one's, the blackout is of all
     decisions: list[DecisionPart] = []
     recoveries: RecoveriesPart = RecoveriesPart()
     throttle: ThrottlePart = ThrottlePart()
@@ -318,6 +327,7 @@ def _build_one(record: RunRecord, judgement: Judgement) -> Result:
         attempts=sum(1 for _ in record.all("migration_requested", "testbed")),
         recoveries=RecoveriesPart.model_validate(known(RecoveriesPart, ended.get("recoveries"))),
         throttle=ThrottlePart.model_validate(known(ThrottlePart, ended.get("throttle"))),
+        earlier_attempts=earlier_attempts_of(record),
         decisions=decisions_of(record),
         account=account_of(record),
         run_dir=str(record.run_dir.path),
@@ -403,8 +413,10 @@ def _blackout_ms(record: RunRecord) -> float | None:
     requested, ended = record.last("migration_requested", "testbed"), record.ended
     if requested is None or ended is None:
         return None
+    first_ns = next(record.all("migration_requested", "testbed")).at_ns
+    earlier = (first_ns, requested.at_ns) if first_ns < requested.at_ns else None
     window = (requested.at_ns, ended.at_ns)
-    gap_ns = blackout_ns(record.beats["source"], record.beats["dest"], window)
+    gap_ns = blackout_ns(record.beats["source"], record.beats["dest"], window, earlier)
     return None if gap_ns is None else gap_ns / 1e6
 
 

@@ -372,3 +372,21 @@ def test_another_thing_that_goes_wrong_is_not_covered_by_expected_corruption(tmp
 
 def test_lost_writes_that_nobody_expected_fail_the_run(tmp_path):
     assert judged(SyntheticRun(tmp_path, fault="page_wrongly_skipped")).exit_code == 1
+
+
+def test_an_attempt_that_was_made_again_stays_in_the_result(tmp_path):
+    run = SyntheticRun(tmp_path)
+    ended = {"outcome": "failed", "reason": "the link was lost", "total_ms": 40.0, "downtime_ms": 25.0,
+             "recoveries": {"count": 1, "paused_ms": 20.0}}  # fmt: skip
+    with run.run_dir.events.open("a") as events:
+        for at_ms, origin, name, fields in (
+            (610, "testbed", "migration_requested", {"migration": "synthetic", "attempt": 0}),
+            (650, "source", "migration_ended", ended),
+        ):
+            line = {"at_ns": at_ms * 1_000_000, "origin": origin, "name": name, "fields": fields}
+            events.write(json.dumps(line) + "\n")
+    record = load(run.run_dir.path)
+    result = build(record, judge(record))
+    (earlier,) = result.earlier_attempts
+    assert (earlier.outcome, earlier.downtime_ms, earlier.recoveries.paused_ms) == ("failed", 25.0, 20.0)
+    assert (result.attempts, result.downtime_ms) == (2, 30.0)

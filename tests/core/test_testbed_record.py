@@ -130,6 +130,15 @@ def test_the_blackout_without_a_switch_is_the_longest_gap_inside_the_window():
     assert blackout_ns(beats_at(1), beats_at(), (0, 1)) is None
 
 
+def test_the_blackout_knows_what_earlier_attempts_cost_the_guest():
+    """The first attempt held the guest still for 300 ms and gave up; the second one switched within 30 ms."""
+    source, dest = beats_at(0, 2, 302, 304, 400, 402), beats_at(432, 434, epoch=2)
+    last = (350_000_000, 440_000_000)
+    assert blackout_ns(source, dest, last) == 30_000_000
+    assert blackout_ns(source, dest, last, (1_000_000, 350_000_000)) == 300_000_000
+    assert blackout_ns(source, beats_at(), last, (1_000_000, 350_000_000)) == 300_000_000
+
+
 def test_torn_records_are_dropped(tmp_path):
     path = tmp_path / "beats"
     path.write_bytes(beats_at(1, 2, 3).tobytes()[:-5])
