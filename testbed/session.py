@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from testbed.hosts.port import Host, Hosts
     from testbed.interrupt import Interrupt
     from testbed.leg_keys import Leg
+    from testbed.migration_keys import Migration
     from testbed.run_dir import RunDir
     from testbed.scenario import Scenario
 
@@ -40,6 +41,7 @@ READY_S_PER_GIB: Final = (
 )
 OUTCOME_S: Final = 60.0  # beyond the migration's own timeout: hashing both RAMs, recording, answering
 OUTCOME_S_PER_GIB: Final = 20.0
+ROUNDS_AFTER_TIMEOUT: Final = 2  # of a migration that switches when it is out of time
 NO_TIMEOUT_S: Final = 3600.0  # of a migration without a timeout of its own: a run ends nevertheless
 RUNNING_S: Final = 30.0  # COMMITTED is answered when the guest runs: its event follows
 BALLOON_S: Final = 60.0  # a driver inflates a GiB in a second
@@ -232,7 +234,7 @@ class Session:
         return self._await_outcome(leg, earlier)
 
     def _await_outcome(self, leg: Leg, earlier: Sequence[Event]) -> Event:
-        limit_s = (leg.timeout / 1000 or NO_TIMEOUT_S) + self._grace_s
+        limit_s = outcome_limit_s(leg, self._scenario)
         outcome = partial(_is_new, "migration_ended", self._giver.origin, earlier)
         needs = (f"{self._giver.origin}-node",)
         try:
@@ -251,7 +253,7 @@ class Session:
 
     @property
     def _grace_s(self) -> float:
-        return OUTCOME_S + OUTCOME_S_PER_GIB * self._gib
+        return _grace_s(self._scenario)
 
     def _owner_after(self, outcome: str) -> Host | None:
         if outcome == "guest_lost":
@@ -417,6 +419,24 @@ class Session:
         host = next((host for host in self._hosts.hosts.values() if host.origin == origin), None)
         handle = None if host is None else host.node if part == "node" else host.agent
         return handle is not None and handle.alive
+
+
+def outcome_limit_s(leg: Migration, scenario: Scenario) -> float:
+    """How long a migration may take until its outcome is told, before the testbed cancels it.
+
+    With `on_timeout = "switch"` the engine sends the round under way and the last one to their ends: each may be
+    all of memory, at the rate that the scenario allows, and the link may be away for `link_timeout`.
+    """
+    limit_s = (leg.timeout / 1000 or NO_TIMEOUT_S) + _grace_s(scenario)
+    if leg.on_timeout != "switch":
+        return limit_s
+    rates = [rate for rate in (leg.bandwidth, scenario.link.rate) if rate]
+    sending_s = ROUNDS_AFTER_TIMEOUT * scenario.guest.memory / min(rates) if rates else 0.0
+    return limit_s + sending_s + leg.link_timeout / 1000
+
+
+def _grace_s(scenario: Scenario) -> float:
+    return OUTCOME_S + OUTCOME_S_PER_GIB * scenario.guest.memory / 2**30
 
 
 def _answers_stats(balloon: dict[str, Any]) -> bool:

@@ -296,3 +296,23 @@ def test_fields_that_are_no_object_are_kept_as_text():
     assert parse_fields("") == {}
     assert parse_fields("[1]") == {"malformed": "[1]"}
     assert parse_fields("{") == {"malformed": "{"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "least_s"),
+    [
+        (["migration.on_timeout=switch", "migration.bandwidth=2MiB/s"], 5 + 512),
+        (
+            ["migration.on_timeout=switch", "migration.bandwidth=2MiB/s", "migration.link_timeout=4s"],
+            5 + 512 + 4,
+        ),
+        (["migration.on_timeout=cancel", "migration.bandwidth=2MiB/s"], 5),
+    ],
+)
+def test_a_migration_that_switches_when_out_of_time_may_send_its_rounds_to_the_end(overrides, least_s):
+    """512 MiB at 2 MiB/s: the round under way takes 256 s, and the last one may as well."""
+    asked = parse(
+        TEXT, default_name="slow", overrides=["guest.memory=512MiB", "migration.timeout=5s", *overrides]
+    )
+    grace_s = sessions.OUTCOME_S + sessions.OUTCOME_S_PER_GIB / 2
+    assert sessions.outcome_limit_s(asked.legs[0], asked) == least_s + grace_s
