@@ -15,7 +15,6 @@ import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from host.points import side_of
 from testbed.clock import now_ns
 from testbed.crashes.cell import SAFETY, run_cell
 from testbed.crashes.table import CELLS, Cell
@@ -231,9 +230,8 @@ def _fault(dice: random.Random, hosts: str) -> dict[str, Any]:
     kinds = ("pause",) if hosts == "local" else ("pause", "partition", "loss", "delay", "reset")
     kind = dice.choice(kinds)
     fault: dict[str, Any] = {"kind": kind, "at": at, "for": lasting}
-    if kind == "pause":  # of somebody else than the node that stands at the point, which is to be let go on
-        standing = "" if at.endswith("ms") else f"{side_of(at)}_node"
-        fault["what"] = dice.choice([what for what in PROCESSES if what != standing])
+    if kind == "pause":
+        fault["what"] = dice.choice(PROCESSES)
     elif kind == "loss":
         fault["share"] = f"{dice.randint(1, 20)}%"
     elif kind == "delay":
