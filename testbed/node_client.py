@@ -36,7 +36,7 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
 ]
 CALL_S = 30.0  # of calls that only look or flip a switch
-LOOK_S = 0.1  # between two looks for a state
+LOOK_S = 0.2  # between two looks for a state
 
 
 class NodeClient:
@@ -54,20 +54,19 @@ class NodeClient:
 
     def wait_until_serving(self, timeout_s: float, still_worth_it: Callable[[], bool]) -> None:
         """Returns when the node says that it serves. Raises RunBrokenError when it does not in time."""
-        ready = grpc.channel_ready_future(self._channel)
+        health = health_pb2_grpc.HealthStub(self._channel)
         for _ in range(max(1, round(timeout_s / LOOK_S))):
             try:
-                ready.result(timeout=LOOK_S)
+                reply = health.Check(health_pb2.HealthCheckRequest(), timeout=LOOK_S, wait_for_ready=True)
                 break
-            except grpc.FutureTimeoutError:
+            except grpc.RpcError as error:
+                # The channel of a node that is started again may not have noticed yet that the old one is gone.
+                if _code(error) not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    raise RunBrokenError(f"Health at the {self.origin} node: {_line(error)}") from error
                 if not still_worth_it():
-                    ready.cancel()
                     raise RunBrokenError(f"the {self.origin} node ended while it started") from None
         else:
-            ready.cancel()
             raise RunBrokenError(f"the {self.origin} node did not serve within {timeout_s:.0f} s")
-        health = health_pb2_grpc.HealthStub(self._channel)
-        reply = self._call("Health", lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=CALL_S))
         if reply.status != health_pb2.HealthCheckResponse.SERVING:
             raise RunBrokenError(f"the {self.origin} node says that it does not serve")
         self._end_watch()  # of an earlier process of this node

@@ -64,6 +64,7 @@ class ContainerProcess:
         self.wait_until_ready: Callable[[], None] | None = None
         self._gone = threading.Event()
         self._gone.set()
+        self._told = threading.Event()  # that it is gone, to the history
         self._watcher: threading.Thread | None = None
         self._execution: Execution | None = None
         self._pidfd = -1
@@ -82,6 +83,7 @@ class ContainerProcess:
         with told(f"the {self.name} cannot be started"):
             execution = self._execution = Execution(self._container, command, user=self._user)
         self.asked_to_end, self.status = False, "is running"
+        self._told.clear()
         self._gone.clear()
         self._watcher = threading.Thread(
             target=self._watch, args=(execution,), name=f"watch-{self.name}", daemon=True
@@ -110,7 +112,7 @@ class ContainerProcess:
     def kill(self) -> None:
         """SIGKILL, and waits for the end, which is then in the history."""
         self._signal(signal.SIGKILL)
-        if not self._gone.wait(END_S):
+        if self._watcher is not None and not self._told.wait(END_S):
             raise RunBrokenError(f"the {self.name} did not end within {END_S:.0f} s of its SIGKILL")
 
     def pause(self) -> None:
@@ -182,7 +184,10 @@ class ContainerProcess:
         except (DockerException, OSError) as error:
             self.status = f"ended ({innermost(error)})"
         self._gone.set()
-        self._on_exit(self)
+        try:
+            self._on_exit(self)
+        finally:
+            self._told.set()
 
 
 def _in_words(code: int | None) -> str:

@@ -41,6 +41,7 @@ class OwnedProcess:
         self.asked_to_end = False
         self._on_exit = on_exit
         self._gone = threading.Event()
+        self._told = threading.Event()  # that it is gone, to `on_exit`
         self._process: subprocess.Popen[bytes]
         self._pidfd = -1
         self._error: OSError | None = None
@@ -84,7 +85,7 @@ class OwnedProcess:
     def kill(self) -> None:
         """SIGKILL, and waits for the end; not ours in the sense of `asked_to_end`: it is a fact to be told."""
         self._signal(signal.SIGKILL)
-        self._gone.wait()  # ends: it was sent SIGKILL
+        self._told.wait()  # ends: it was sent SIGKILL
 
     def pause(self) -> None:
         """SIGSTOP."""
@@ -147,7 +148,10 @@ class OwnedProcess:
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()  # ends: waitid saw its end
         self._gone.set()
-        self._on_exit(self)
+        try:
+            self._on_exit(self)
+        finally:
+            self._told.set()
 
 
 def last_words_of(path: Path) -> str:
