@@ -135,10 +135,11 @@ class NodeClient:
         request = node_pb2.ArmPointRequest(point=point, hold_ms_max=hold_ms_max)
         self._call("ArmPoint", lambda: self._stub.ArmPoint(request, timeout=CALL_S))
 
-    def release_point(self, point: str) -> bool:
+    def release_point(self, point: str, timeout_s: float = CALL_S) -> bool:
         """Lets a node that waits at a point go on, and disarms the point; whether it was waiting."""
         request = node_pb2.ReleasePointRequest(point=point)
-        return self._call("ReleasePoint", lambda: self._stub.ReleasePoint(request, timeout=CALL_S)).was_held
+        reply = self._call("ReleasePoint", lambda: self._stub.ReleasePoint(request, timeout=timeout_s))
+        return reply.was_held
 
     def shutdown(self) -> None:
         """Asks the node to end."""

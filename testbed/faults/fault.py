@@ -146,6 +146,15 @@ class Fault(Model):
         """
         raise NotImplementedError
 
+    @classmethod
+    def handed_down(cls, undo: Undo, later: Sequence[Undo]) -> Undo | None:  # noqa: ARG003
+        """What is left to undo while faults of this kind that came later are in force; None when nothing is.
+
+        A kind that sets a value back changes `later`: the oldest one at the same place takes over what this one
+        found there, since its own "before" is this one's doing.
+        """
+        return undo
+
 
 class NetworkFault(Fault):
     """A fault of packets: needs hosts with a network of their own, and the right to enter it."""
@@ -168,9 +177,13 @@ class Applied:
         """For a file."""
         return {"kind": self.kind, "origin": self.origin, "label": self.label, "undo": self.undo}
 
-    def heal(self, hosts: Mapping[Origin, Host] | None = None) -> dict[str, Any]:
-        """Undoes it, see Fault.heal."""
-        return kinds()[self.kind].heal(self.undo, hosts or {})
+    def heal(
+        self, hosts: Mapping[Origin, Host] | None = None, later: Sequence[Applied] = ()
+    ) -> dict[str, Any]:
+        """Undoes it, see Fault.heal. `later`: those in force that were applied after it, oldest first."""
+        kind = kinds()[self.kind]
+        undo = kind.handed_down(self.undo, [one.undo for one in later if one.kind == self.kind])
+        return {} if undo is None else kind.heal(undo, hosts or {})
 
 
 def apply(fault: Fault, target: Target) -> Applied:

@@ -11,7 +11,7 @@ from testbed.faults.victims import container_of
 from testbed.units import parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from testbed.faults.fault import Target, Undo
     from testbed.history import Origin
@@ -33,6 +33,15 @@ class Memory(Fault):
         before, _ = container.limits()
         container.limit(memory_bytes=self.limit)
         return {"origin": target.origin, "memory_bytes": before}
+
+    @classmethod
+    def handed_down(cls, undo: Undo, later: Sequence[Undo]) -> Undo | None:
+        """Nothing, where a later one is in force at the same host."""
+        heir = next((one for one in later if one["origin"] == undo["origin"]), None)
+        if heir is None:
+            return undo
+        heir["memory_bytes"] = undo["memory_bytes"]
+        return None
 
     @classmethod
     def heal(cls, undo: Undo, hosts: Mapping[Origin, Host]) -> dict[str, Any]:

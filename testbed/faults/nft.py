@@ -47,7 +47,10 @@ def nft(pid: int, *arguments: str, given: str = "") -> str:
             ["nft", *arguments], input=given, capture_output=True, text=True, timeout=NFT_S, check=False
         )
 
-    done = in_namespace(namespace_of(pid), run)
+    try:
+        done = in_namespace(namespace_of(pid), run)
+    except subprocess.TimeoutExpired as error:
+        raise FaultError(f"nft did not answer within {NFT_S:g} s") from error
     if done.returncode:
         raise FaultError(f"nft: {(done.stderr.strip().splitlines() or ['no reason given'])[0]}")
     return done.stdout

@@ -17,7 +17,7 @@ from testbed.faults.namespace import inode_of
 from testbed.faults.parameters import BytesPerSecond, DurationMs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from testbed.faults.fault import Target, Undo
     from testbed.history import Origin
@@ -54,6 +54,20 @@ class Rate(NetworkFault):
                 buckets.append(bucket)
             undoing.pop_all()
         return {"buckets": buckets}
+
+    @classmethod
+    def handed_down(cls, undo: Undo, later: Sequence[Undo]) -> Undo:
+        """The buckets that no later fault has changed."""
+        buckets = [bucket for one in later for bucket in one["buckets"]]
+        left = []
+        for mine in undo["buckets"]:
+            place = mine["inode"], mine["address"]
+            heir = next((one for one in buckets if (one["inode"], one["address"]) == place), None)
+            if heir is None:
+                left.append(mine)
+            else:
+                heir["before"] = mine["before"]
+        return {"buckets": left}
 
     @classmethod
     def heal(cls, undo: Undo, hosts: Mapping[Origin, Host]) -> dict[str, Any]:  # noqa: ARG003

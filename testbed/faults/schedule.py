@@ -4,7 +4,8 @@ Rule 1: a moment is an event of the history; a node that comes to the point of a
         is in force, so that the schedule is exact; one that the fault itself stops is let go on when it is healed.
         Times count from the request to migrate.
 Rule 2: whatever happened, everything is healed before the hosts are taken down; the last one first.
-Rule 3: every fault applied or healed is in the history; one that cannot be is `fault_failed`, and breaks the run.
+Rule 3: every fault applied or healed is in the history; one that cannot be, whatever the reason, is `fault_failed`
+        and breaks the run. The thread goes on: the others are healed in time.
 Rule 4: one thread does it all; who records an event only posts it here.
 """
 
@@ -15,6 +16,8 @@ import queue
 import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final, Self
+
+import structlog
 
 from host.points import side_of
 from testbed.clock import now_ns
@@ -34,7 +37,12 @@ if TYPE_CHECKING:
     from testbed.scenario import Scenario
 
 HOLD_MS: Final = 30_000  # a node waits no longer for a fault; bringing one into force takes a second at most
+RELEASE_S: Final = (
+    1.0  # a node that stands still does not answer; nothing else is healed or applied meanwhile
+)
 IDLE_S: Final = 3600.0  # no fault is due: only an event or the end wakes it
+
+log = structlog.get_logger()
 
 
 class Schedule:
@@ -54,6 +62,8 @@ class Schedule:
         self._in_force: dict[int, tuple[Applied, int | None]] = {}  # -> and when it is to be healed, in ns
         self._due_ns: dict[int, int] = {}  # of those with a time, once the migration was requested
         self._stopped: dict[int, tuple[Origin, str]] = {}  # -> whom a fault stopped at its point
+        # bounded: one for each point. Who did not hear that it may go on: it is told once more after every heal
+        self._unheard: set[tuple[Origin, str]] = set()
         self._failure = ""
         self._thread = threading.Thread(target=self._main, name="faults", daemon=True)
 
@@ -146,8 +156,9 @@ class Schedule:
         if host is None or not host.node.alive:
             return
         try:
-            host.client.release_point(point)
-        except RunBrokenError as error:  # it does not answer: it goes on by itself
+            host.client.release_point(point, RELEASE_S)
+        except RunBrokenError as error:  # it stands still, and is told again when something is healed
+            self._unheard.add((origin, point))
             self._history.note("release_unheard", host=origin, point=point, reason=str(error))
 
     # -- faults --------------------------------------------------------------------------------
@@ -163,6 +174,10 @@ class Schedule:
         except (TestbedError, OSError) as error:
             self._failed(number, "could not be brought into force", error)
             return
+        except Exception as error:
+            log.exception("fault_failed", fault=number)
+            self._failed(number, "could not be brought into force", error)
+            return
         end_ns = None if fault.lasting_ms is None else now_ns() + fault.lasting_ms * 1_000_000
         self._in_force[number] = (applied, end_ns)
         self._history.note(
@@ -175,27 +190,37 @@ class Schedule:
         )
 
     def _heal(self, number: int, why: str) -> None:
+        order = list(self._in_force)
+        later = [self._in_force[other][0] for other in order[order.index(number) + 1 :]]
         applied, _ = self._in_force.pop(number)
         fault = self._faults[number]
         if why == "the run ends" and not fault.heals_at_the_end:
             return
         try:
-            counted = applied.heal(self._hosts.hosts)
+            counted = applied.heal(self._hosts.hosts, later)
             if fault.rebuilds_network:
                 self._link.renew(fault.origin)
         except (TestbedError, OSError) as error:
             self._failed(number, "could not be healed", error)
             return
+        except Exception as error:
+            log.exception("fault_failed", fault=number)
+            self._failed(number, "could not be healed", error)
+            return
         finally:
+            waiting, self._unheard = self._unheard, set()
             if (held := self._stopped.pop(number, None)) is not None:
-                self._let_go_on(*held)
+                waiting.add(held)
+            for origin, point in sorted(waiting):
+                self._let_go_on(origin, point)
         self._history.note(
             "fault_healed", fault=number, kind=fault.kind, host=fault.origin, why=why, **counted
         )
 
     def _failed(self, number: int, what: str, error: Exception) -> None:
         fault = self._faults[number]
-        reason = f"the fault {fault.kind} (fault.{number}) {what}: {' '.join(str(error).split())}"
+        words = " ".join(str(error).split()) or type(error).__name__
+        reason = f"the fault {fault.kind} (fault.{number}) {what}: {words}"
         self._failure = self._failure or reason
         self._history.note("fault_failed", fault=number, kind=fault.kind, reason=reason)
 

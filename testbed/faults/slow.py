@@ -10,7 +10,7 @@ from testbed.faults.fault import Fault, Scope
 from testbed.faults.victims import container_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from testbed.faults.fault import Target, Undo
     from testbed.history import Origin
@@ -30,6 +30,15 @@ class Slow(Fault):
         _, before = container.limits()
         container.limit(cpus=self.cpus)
         return {"origin": target.origin, "cpus": before}
+
+    @classmethod
+    def handed_down(cls, undo: Undo, later: Sequence[Undo]) -> Undo | None:
+        """Nothing, where a later one is in force at the same host."""
+        heir = next((one for one in later if one["origin"] == undo["origin"]), None)
+        if heir is None:
+            return undo
+        heir["cpus"] = undo["cpus"]
+        return None
 
     @classmethod
     def heal(cls, undo: Undo, hosts: Mapping[Origin, Host]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import queue
 import random
 import struct
+import subprocess
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 from testbed.checkers import faults as checker
 from testbed.errors import RunBrokenError, UsageError
 from testbed.fault_keys import KINDS, restarted
-from testbed.faults import nft
+from testbed.faults import nft, qdisc, rate
 from testbed.faults.errors import FaultError
-from testbed.faults.fault import Fault, Port, Target, healing_of, kinds, parse_fault
+from testbed.faults.fault import Fault, Port, Target, apply, healing_of, kinds, parse_fault
 from testbed.faults.loss import gilbert_elliott
 from testbed.faults.packet_handler import corrupted
 from testbed.faults.parameters import moment_ms, parse_moment, parse_share
@@ -264,11 +265,12 @@ class Stage:
 
     def __init__(self, tmp_path, text):
         self.told = queue.SimpleQueue()
+        self.hears = True  # whether the node answers the next release
         self.history = History(tmp_path / "events.jsonl")
         self.scenario = parse(GUEST + text, default_name="x")
         client = SimpleNamespace(
             arm_point=lambda point, _: self.told.put(f"arm {point}"),
-            release_point=lambda point: self.told.put(f"release {point}"),
+            release_point=self.release,
         )
         hosts = {
             origin: SimpleNamespace(
@@ -280,6 +282,13 @@ class Stage:
         bed = SimpleNamespace(hosts=hosts, source=hosts["source"], dest=hosts["dest"])
         self.hosts = hosts
         self.schedule = Schedule(self.scenario, "abcd", hosts=bed, history=self.history)
+
+    def release(self, point, timeout_s):
+        assert timeout_s <= 1, "a node that stands still would hold everybody up"
+        self.told.put(f"release {point}")
+        if not self.hears:
+            self.hears = True
+            raise RunBrokenError("deadline exceeded")
 
     def next(self):
         return self.told.get(timeout=10)
@@ -380,6 +389,95 @@ def test_a_fault_that_cannot_be_brought_into_force_breaks_the_run_and_frees_the_
         scenario=on.scenario, all=lambda name: iter([failed] if name == "fault_failed" else [])
     )
     assert "could not be brought into force" in checker.check(record).reasons[0]
+
+
+def test_a_node_that_did_not_hear_that_it_may_go_on_is_told_again_when_something_is_healed(stage):
+    on = stage(fault(kind="pause", what="guest_agent", at="saved", **{"for": "20ms"}))
+    on.hears = False
+    with on.schedule:
+        on.next()
+        on.reach("saved")
+        assert [on.next() for _ in range(4)] == ["pause", "release saved", "resume", "release saved"]
+    assert len(list(on.history.having("release_unheard"))) == 1
+
+
+@pytest.mark.parametrize("broken", ["pause", "resume"])
+def test_an_error_that_nobody_foresaw_fails_its_fault_and_the_others_go_on(stage, monkeypatch, broken):
+    on = stage(
+        fault(kind="pause", what="source_node", at="1ms", **{"for": "1ms"})
+        + fault(kind="pause", what="dest_node", at="30ms", **{"for": "1ms"})
+    )
+
+    def surprise():
+        raise subprocess.TimeoutExpired("nft", 20)
+
+    monkeypatch.setattr(on.hosts["source"].node, broken, surprise)
+    with pytest.raises(RunBrokenError, match="timed out after 20 seconds"), on.schedule:  # noqa: PT012
+        on.history.note("migration_requested")
+        healed = on.history.wait_for(lambda event: event.name == "fault_healed", 10)
+        assert healed.fields["fault"] == 1, "the thread is there for the next fault"
+    (failed,) = on.history.having("fault_failed")
+    assert failed.fields["fault"] == 0
+
+
+class Bed:
+    """Values of a host's that a fault sets and sets back, in words."""
+
+    def __init__(self, monkeypatch):
+        self.values = {"rate": None, "memory_bytes": 1 << 30, "cpus": 4.0}
+        container = SimpleNamespace(
+            alive=True,
+            limits=lambda: (self.values["memory_bytes"], self.values["cpus"]),
+            limit=lambda **changed: self.values.update(changed),
+        )
+        hosts = {"dest": SimpleNamespace(origin="dest", container=container)}
+        self.target = Target(hosts, "dest", "x", ports=[Port("dest", 1, "198.18.0.2")])
+        monkeypatch.setattr(rate, "inode_of", lambda _: 7)
+        monkeypatch.setattr(rate, "is_same_network", lambda *_: True)
+        monkeypatch.setattr(qdisc, "limit", lambda _, __, bucket: self._set(bucket))
+        monkeypatch.setattr(qdisc, "restore", lambda _, __, bucket: self._set(bucket))
+
+    def _set(self, bucket):
+        before, self.values["rate"] = self.values["rate"], bucket
+        return before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("rate.rate", "rate", ("100Mbit/s", "1Mbit/s")),
+        ("memory.limit", "memory_bytes", ("512MiB", "64MiB")),
+        ("slow.cpus", "cpus", (2.0, 0.5)),
+    ],
+)
+@pytest.mark.parametrize("healed_first", [0, 1])
+def test_overlapping_faults_of_a_kind_leave_the_host_as_it_was(monkeypatch, key, value, wanted, healed_first):
+    bed = Bed(monkeypatch)
+    before = bed.values[value]
+    kind, _, parameter = key.partition(".")
+    a = apply(parse_fault(kind, {parameter: wanted[0]}), bed.target)
+    of_a = bed.values[value]
+    b = apply(parse_fault(kind, {parameter: wanted[1]}), bed.target)
+    of_b = bed.values[value]
+    if healed_first == 0:
+        a.heal(bed.target.hosts, [b])
+        assert bed.values[value] == of_b, "the later one is in force"
+        b.heal(bed.target.hosts)
+    else:
+        b.heal(bed.target.hosts)
+        assert bed.values[value] == of_a
+        a.heal(bed.target.hosts)
+    assert bed.values[value] == before
+
+
+def test_the_schedule_heals_a_fault_with_those_in_force_that_came_later(stage):
+    on = stage("".join(fault(kind="pause", what="dest_node", at=f"{at}s") for at in (1, 2, 3)))
+    seen = []
+    in_force = [SimpleNamespace(heal=lambda _, later: seen.append(later) or {}) for _ in range(3)]
+    on.schedule._in_force = {number: (in_force[number], None) for number in (2, 0, 1)}  # as they were applied
+    on.schedule._heal(0, "its time is over")
+    on.schedule._heal(2, "its time is over")
+    assert seen == [[in_force[1]], [in_force[1]]]
 
 
 def test_a_node_that_waited_in_vain_makes_the_run_unknown():
