@@ -3,6 +3,9 @@
 import pytest
 
 from testbed.errors import UsageError
+from testbed.history import Event
+from testbed.leg_views import _renamed
+from testbed.record import RunRecord
 from testbed.scenario import Scenario
 from testbed.scenario_file import parse
 
@@ -60,3 +63,18 @@ def test_what_cannot_be_is_refused_with_its_path(text, problem):
 
 def test_an_override_reaches_one_leg():
     assert scenario(THERE_AND_BACK, "leg.1.skip=none").legs[1].skip == "none"
+
+
+@pytest.mark.parametrize("what", ["dest_node", "container"])
+def test_a_leg_knows_that_its_giver_was_killed_whatever_the_fault_calls_it(what):
+    """The second leg goes from b to a: the node that sends is "dest_node" in [[fault]]."""
+    parameters = {"what": what, "restart": True}
+    killed = Event(5, "testbed", "fault_applied", {"kind": "kill", "host": "dest", "parameters": parameters})
+    ended = Event(9, "dest", "migration_ended", {"outcome": "completed"})
+
+    def of_leg(giver, taker):
+        seen = tuple(_renamed(event, {giver: "source", taker: "dest"}) for event in (killed, ended))
+        return RunRecord(None, {}, scenario(THERE_AND_BACK), seen)
+
+    assert of_leg("dest", "source").sender_was_killed
+    assert not of_leg("source", "dest").sender_was_killed
