@@ -185,6 +185,8 @@ class ByHand:
             raise UsageError(*problems)
         self._refuse_what_cannot_be(fault)
         hosts = self._session.hosts.hosts
+        if fault.restarts:  # its end is no reason to give up: healing starts it again
+            self._session.expect_back(frozenset({fault.restarts}))
         with self._faults_lock:
             self._fault_number += 1
             number = self._fault_number
@@ -210,7 +212,8 @@ class ByHand:
                 known = ", ".join(str(known) for known in self._faults) or "none"
                 raise UsageError(f"no fault {number} is in force (in force: {known})")
             try:
-                counted = in_force.applied.heal(self._session.hosts.hosts)
+                later = [one.applied for other, one in self._faults.items() if other > number]
+                counted = in_force.applied.heal(self._session.hosts.hosts, later)
             except FaultError as error:
                 raise RunBrokenError(
                     f"fault {in_force.fault.kind}: it could not be healed: {error}"

@@ -199,6 +199,30 @@ def test_faults_that_cannot_be_are_refused(hands, kind, parameters, error, words
         hands.add_fault(kind, parameters)
 
 
+class Node:
+    """A process that dies and is started again in words."""
+
+    alive = True
+
+    def kill(self):
+        self.alive = False
+
+    def restart(self):
+        self.alive = True
+
+
+def test_what_is_killed_by_hand_is_started_again_when_it_is_healed(hands):
+    session, node, expected = hands._session, Node(), []
+    host = SimpleNamespace(origin="dest", network_pid=None, container=None, node=node)
+    session.hosts.hosts["dest"] = host
+    session.expect_back = expected.append
+    session.history = SimpleNamespace(note=lambda *_, **__: None)
+    added = hands.add_fault("kill", {"what": "dest_node", "restart": True})
+    assert (node.alive, expected) == (False, [frozenset({"dest-node"})])
+    hands.heal_fault(added["fault"]["id"])
+    assert node.alive
+
+
 def test_a_fault_that_is_not_in_force_cannot_be_healed(hands):
     with pytest.raises(UsageError, match="no fault 3 is in force"):
         hands.heal_fault(3)
