@@ -81,14 +81,16 @@ def hungry():
             return 1_000_000
         report = ended[0]
         if not eaten:
-            wanted = report._buddy.free_pages + report.held_pages * 3 // 4
-            held = report.held_pages
-            eaten.append(report._buddy.alloc_bulk(wanted, kind=FrameKind.ANON, owner=OWNER))
-            _tell(f"took {wanted} pages, {held - report.held_pages} of them held")
-        part, eaten[0] = eaten[0][:STEP_PAGES], eaten[0][STEP_PAGES:]
-        for pfn in part.tolist():
-            report._memory[pfn * PAGE_BYTES : (pfn + 1) * PAGE_BYTES] = DICE.bytes(PAGE_BYTES)
-        return 1_000_000 if part.size else honest_step(workload, now_ns)
+            wanted, held = report._buddy.free_pages + report.held_pages * 3 // 4, report.held_pages
+            eaten.extend((wanted, held))
+        # A page is written in the step that takes it: a guest that is paused in between uses what it has written.
+        part = min(eaten[0], STEP_PAGES)
+        if part:
+            eaten[0] -= part
+            for pfn in report._buddy.alloc_bulk(part, kind=FrameKind.ANON, owner=OWNER).tolist():
+                report._memory[pfn * PAGE_BYTES : (pfn + 1) * PAGE_BYTES] = DICE.bytes(PAGE_BYTES)
+            _tell(f"took {part} pages, so far {eaten[1] - report.held_pages} of them held")
+        return 1_000_000 if part else honest_step(workload, now_ns)
 
     HintReport._finish, Idle.step = finish, step
 
