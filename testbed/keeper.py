@@ -56,7 +56,7 @@ class Voice:
     def __init__(self, write: Callable[[bytes], object], finish: Callable[[], object] = lambda: None) -> None:
         """`write` may block; `finish` is called once, after the last line or when nobody listens any more."""
         self._write, self._finish = write, finish
-        self._lines: deque[bytes] = deque()
+        self._lines: deque[bytes] = deque()  # bounded: WAITING_LINES_MAX, then nothing is added
         self._changed = threading.Condition()
         self._over = False
         self._writer = threading.Thread(target=self._write_all, name="voice", daemon=True)
