@@ -8,6 +8,7 @@ Rule 3: the guest runs only after COMMITTED is durable, and is told DONE by the 
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
@@ -17,12 +18,14 @@ import structlog
 from dest_node.outcomes import IntakeRefused, Outcomes
 from dest_node.page_receiver import PageReceiver
 from dest_node.reached import reach_after, reach_before
+from dest_node.read_back import ReadBack
 from dest_node.recovery import aborted_image, committed_image, last_given_epoch
+from dest_node.room import check_room
 from host.ballooned import give_back
 from host.clock import now_ns
-from host.errors import AgentError, AgentLost, HostError
+from host.errors import AgentError, AgentLost, HostError, JournalConflict
 from host.guest_memory import HostRam
-from host.resources import available_memory_bytes, cpu_seconds
+from host.resources import cpu_seconds
 from migration import commands as do
 from migration import events as told
 from migration.codec import image_digest
@@ -35,10 +38,11 @@ if TYPE_CHECKING:
     from dest_node.page_receiver import PageStreamIn
     from host.context import HostContext
     from migration.identity import AttemptKey
-    from migration.pages import U64Array
     from migration.pb import migration_pb2
 
 SILENCE_S = 10.0  # Prepare follows the last page, and the stream follows Open, within milliseconds
+# A source counts its link timeout from when it noticed the loss: twice its keepalive after us, at most.
+NOTICE_S = 10.0
 # No chunk on any open stream: twice what a node is held at a point, and far more than a guest is waited for.
 STREAM_SILENCE_S_MAX = 120.0
 TAKE_OVER_S_MAX = 10.0  # one request to the agent, and a file of 8 bytes a page
@@ -73,7 +77,8 @@ class Intake:
         self._silence_s = SILENCE_S
         self._silence_mark: object = None
         self._reply = do.Reply(told.Answer.UNKNOWN)
-        self._found_hashes: U64Array | None = None
+        self._read_back = ReadBack(host.artefacts_dir)
+        self._unrecorded = ""  # why the journal did not take what the event at hand asked for
         self._taking_over: threading.Thread | None = None
         self.verify_ns = 0
         self.resume_ns = 0
@@ -106,13 +111,15 @@ class Intake:
                 return self._resume(told.OpenRequested(key, memory_bytes, resume=True))
             if key != self._machine.key:
                 self._outcomes.check_new(key)
-                self._check_room(memory_bytes)
+                held = os.fstat(self._receiver.ram.fd).st_blocks * 512 if self._receiver is not None else 0
+                idle = self._machine.phase is DestPhase.IDLE
+                check_room(self._host, memory_bytes, held_bytes=held, must_stand_by=idle)
             idle = self._receiver is None or not self._receiver.streaming
             # Made beforehand, so that a host without memory refuses before anything has changed. It is all hole.
             self._fresh = HostRam.create(memory_bytes)
             earlier, self._asked = self._asked, asked
             try:
-                self._drive(told.OpenRequested(key, memory_bytes, idle, link_timeout_ms=link_timeout_ms))
+                self._call(told.OpenRequested(key, memory_bytes, idle, link_timeout_ms=link_timeout_ms))
             except BaseException:
                 self._asked = earlier
                 raise
@@ -120,11 +127,11 @@ class Intake:
                 if self._fresh is not None:
                     self._fresh.close()
                     self._fresh = None
-            self._silence_s = max(SILENCE_S, link_timeout_ms / 1000)
+            self._silence_s = SILENCE_S if not link_timeout_ms else link_timeout_ms / 1000 + NOTICE_S
             return self._opened()
 
     def _resume(self, event: told.OpenRequested) -> tuple[str, list[int]]:
-        self._drive(event)
+        self._call(event)
         if self._receiver is None:
             raise RemoteProtocolError(f"attempt {event.key} was aborted: {self._machine.abort_reason}")
         return self._opened()
@@ -184,7 +191,7 @@ class Intake:
                     raise RemoteProtocolError("Prepare names another incarnation of this memory")
                 if self._machine.phase in RESUMABLE_PHASES:
                     self._prepare = request
-            return self._drive(
+            return self._call(
                 told.PrepareRequested(
                     key, request.incarnation, request.image_digest, request.chunks, request.rehearsal
                 )
@@ -196,14 +203,14 @@ class Intake:
             self._resolution = resolution
             if key != self._machine.key and (answer := self._outcomes.answer(key)) is not None:
                 return answer
-            return self._drive(told.CommitRequested(key, digest))
+            return self._call(told.CommitRequested(key, digest))
 
     def abort(self, key: AttemptKey, reason: str) -> do.Reply:
         """The source gives up."""
         with self._lock:
             if key != self._machine.key and (answer := self._outcomes.answer(key)) is not None:
                 return answer
-            return self._drive(told.AbortRequested(key, reason))
+            return self._call(told.AbortRequested(key, reason))
 
     def forget(self, key: AttemptKey) -> None:
         """The source knows the outcome."""
@@ -226,6 +233,7 @@ class Intake:
         self._drive(told.GuestGivenAway(last_given_epoch(self._host.journal.entries("source"))))
         for entry in self._host.journal.unfinished("dest"):
             why = "the destination node restarted"
+            self._read_back.drop_draft()
             self._host.journal.move(entry.key, "dest", {entry.state}, "ABORTED", detail=why)
             self._host.events.add("aborted", attempt=str(entry.key), reason=why)
 
@@ -237,6 +245,7 @@ class Intake:
             if (entry := committed_image(entries, hello)) is not None:
                 if hello.state == "restored":
                     self._start(entry.key)
+                self._read_back.keep()
                 self._host.balloon.hints_done()
             elif aborted_image(entries, hello) is not None:
                 guest.link.discard()
@@ -252,8 +261,18 @@ class Intake:
 
     # -- the machine ---------------------------------------------------------------------------
 
+    def _call(self, event: told.DestEvent) -> do.Reply:
+        """Drive it for a source that waits. Raises IntakeRefused where the journal did not take what it needs."""
+        reply = self._drive(event)
+        if self._unrecorded:
+            raise IntakeRefused(
+                f"the journal of host {self._host.name} cannot be written ({self._unrecorded}): "
+                "give it room and ask again"
+            )
+        return reply
+
     def _drive(self, event: told.DestEvent) -> do.Reply:
-        self._reply = do.Reply(told.Answer.UNKNOWN)
+        self._reply, self._unrecorded = do.Reply(told.Answer.UNKNOWN), ""
         pending = list(self._machine.handle(event))
         while pending:
             command = pending.pop(0)
@@ -273,6 +292,7 @@ class Intake:
                 assert self._fresh is not None, "memory is reserved by open alone"
                 self._receiver = PageReceiver(self._fresh, key.attempt, streams=self._asked[0])
                 self._fresh = None
+                self._read_back.clear()
                 self._host.events.add("memory_reserved", memory_bytes=memory_bytes, cpu_seconds=cpu_seconds())
             case do.JoinStreams():
                 return self._join_streams()
@@ -281,7 +301,7 @@ class Intake:
             case do.VerifyImage(digest, chunks):
                 return self._answered(lambda: self._verify(digest, chunks), told.ImageVerified())
             case do.KeepEvidence():
-                self._keep_hashes()
+                self._read_back.keep()
             case do.RestoreGuest(key):
                 return self._answered(lambda: self._restore(key), told.GuestRestored())
             case do.ConfirmGuest(key):
@@ -323,39 +343,28 @@ class Intake:
             return told.ImageRefused(f"{type(error).__name__}: {' '.join(str(error).split())}")
         return success
 
-    def _record(self, command: do.RecordState) -> told.StateRecorded:
+    def _record(self, command: do.RecordState) -> told.StateRecorded | told.StateNotRecorded:
         journal, key, state = self._host.journal, command.key, command.state
-        if state is told.Recorded.RECEIVING:
-            journal.begin(key, "dest", state.value)
-        elif state is told.Recorded.PREPARED:
+        # A write that failed may be there all the same: what a state may follow includes the state itself.
+        before = {told.Recorded.PREPARED: {"RECEIVING"}, told.Recorded.COMMITTED: {"PREPARED"}}
+        digest = None
+        if state is told.Recorded.PREPARED:
             assert self._prepare is not None, "PREPARED without a Prepare"
-            journal.move(key, "dest", {"RECEIVING"}, state.value, digest=self._prepare.image_digest)
-        elif state is told.Recorded.COMMITTED:
-            journal.move(key, "dest", {"PREPARED"}, state.value, detail=self._resolution)
-        else:
-            journal.move(key, "dest", {"RECEIVING", "PREPARED"}, state.value, detail=command.reason)
+            digest = self._prepare.image_digest
+        detail = self._resolution if state is told.Recorded.COMMITTED else command.reason
+        try:
+            if state is told.Recorded.RECEIVING:
+                journal.begin(key, "dest", state.value)
+            else:
+                expected = before.get(state, {"RECEIVING", "PREPARED"}) | {state.value}
+                journal.move(key, "dest", expected, state.value, digest=digest, detail=detail)
+        except (sqlite3.Error, JournalConflict, OSError) as error:
+            self._unrecorded = " ".join(str(error).split())
+            self._host.events.add("journal_failed", state=state.value, reason=self._unrecorded)
+            return told.StateNotRecorded(self._unrecorded)
         return told.StateRecorded(state)
 
     # -- orders --------------------------------------------------------------------------------
-
-    def _check_room(self, memory_bytes: int) -> None:
-        guest, limit = self._host.guest, self._host.guest_memory_bytes_max
-        if not guest.attached:
-            raise IntakeRefused(f"host {self._host.name} has no guest agent yet")
-        state = guest.hello().state
-        if state != "standby" and self._machine.phase is DestPhase.IDLE:
-            raise IntakeRefused(f"the guest agent of host {self._host.name} is {state}, not standby")
-        if limit and memory_bytes > limit:
-            raise IntakeRefused(
-                f"host {self._host.name} holds guests of at most {limit} bytes, this one has {memory_bytes}"
-            )
-        # What the attempt at hand holds is given back before the new one may store anything.
-        held = os.fstat(self._receiver.ram.fd).st_blocks * 512 if self._receiver is not None else 0
-        available = available_memory_bytes() + held
-        if memory_bytes > available:
-            raise IntakeRefused(
-                f"host {self._host.name} has {available} bytes of memory left, this guest needs {memory_bytes}"
-            )
 
     def _join_streams(self) -> told.StreamsJoined | told.IntakeFailed:
         assert self._receiver is not None, "nothing was received"
@@ -389,7 +398,7 @@ class Intake:
             pfn = receiver.difference(hashes)
             if pfn is not None:
                 raise IntakeRefused(f"page {pfn} does not read back as it was stored")
-            self._found_hashes = hashes
+            self._read_back.write(hashes)
         self.verify_ns = now_ns() - started_ns
 
     def _restore(self, key: AttemptKey) -> None:
@@ -423,11 +432,19 @@ class Intake:
             self._start(key)
         except (AgentError, AgentLost) as error:
             # COMMITTED is durable: the guest is ours, and nobody else may run it.
-            return told.GuestStartFailed(str(error), lost=self._host.guest.process_gone)
+            return told.GuestStartFailed(str(error), lost=self._image_gone())
         # Behind the answer: the source's clock of the downtime runs until it comes.
         self._taking_over = threading.Thread(target=self._take_over, name="take-over", daemon=True)
         self._taking_over.start()
         return told.GuestStarted()
+
+    def _image_gone(self) -> bool:
+        """Whether the process that held the image has ended: nobody listens, or one that never had a guest."""
+        guest = self._host.guest
+        try:
+            return guest.process_gone or guest.hello().state == "standby"
+        except (AgentError, AgentLost):
+            return guest.process_gone
 
     def _start(self, key: AttemptKey) -> None:
         """Have the agent run the image."""
@@ -446,8 +463,9 @@ class Intake:
                 self._host.events.add("hints_done")
                 if self._receiver is not None:
                     self._receiver.ram.close()
+                    self._receiver = None
+                self._read_back.keep()
                 self._host.guest.take_ram()
-                self._keep_hashes()
             except (HostError, OSError) as error:
                 self._host.events.add("take_over_failed", reason=str(error))
 
@@ -456,16 +474,13 @@ class Intake:
         if (taking_over := self._taking_over) is not None:
             taking_over.join(timeout_s)
 
-    def _keep_hashes(self) -> None:
-        """What was read back, for a judge; with integrity "stream" nothing was."""
-        if self._found_hashes is not None:
-            self._found_hashes.astype("<u8", copy=False).tofile(self._host.artefacts_dir / "dest_hashes")
-            self._found_hashes = None
-
     def _discard(self) -> None:
         """Nothing of the attempt may stay; and nothing here may fail, or the attempt could never end."""
         receiver, self._receiver = self._receiver, None
-        self._found_hashes = None
+        try:
+            self._read_back.drop_draft()
+        except OSError as error:
+            self._host.events.add("draft_stays", reason=str(error))
         if receiver is not None and not receiver.abandon(JOIN_TIMEOUT_S):
             self._host.events.add("page_writer_stuck", chunks=receiver.stored_chunks)
         if self._restored:

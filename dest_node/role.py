@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from dest_node.arrivals import Arrivals
 from dest_node.intake import TAKE_OVER_S_MAX, Intake
+from dest_node.outcomes import IntakeRefused
+from dest_node.read_back import READ_BACK
 from dest_node.servicer import MigrationServicer, register
 from host.roles import RoleRefused
 from migration.errors import RemoteProtocolError
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from host.context import HostContext
     from migration.identity import AttemptKey
 
-ARTEFACTS = ("dest_hashes",)
+ARTEFACTS = (READ_BACK,)
 
 
 class DestRole:
@@ -65,7 +67,7 @@ class DestRole:
                 reply = self._intake.commit(key, image_digest, reason)
             else:
                 reply = self._intake.abort(key, reason)
-        except RemoteProtocolError as error:
+        except (IntakeRefused, RemoteProtocolError) as error:
             raise RoleRefused(str(error)) from error
         if reply.answer is not verdict:
             raise RoleRefused(f"attempt {key} is {reply.answer.name} here: {reply.reason}".rstrip(": "))

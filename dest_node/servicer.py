@@ -9,6 +9,7 @@ Rule 3: the page streams together acknowledge every ACK_EVERY chunks, and at onc
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -205,5 +206,5 @@ def answered(context: grpc.ServicerContext) -> Iterator[None]:
         abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
     except (AgentError, AgentLost, JournalConflict) as error:
         abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
-    except OSError as error:
+    except (OSError, sqlite3.Error) as error:
         abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, f"this host cannot do it: {error}")

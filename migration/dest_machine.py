@@ -13,6 +13,9 @@ Rule 7: a lost connection ends an attempt at once, unless its source said how lo
         every older stream was joined: a late chunk of one is never stored.
 Rule 8: a host that gave away what it took in can take in again. The guest comes back, if it does, with a later
         epoch: an attempt on the epoch that was given away here, or an older one, is over and is refused.
+Rule 9: what the journal did not take has not happened: nothing that needs it is answered, and the next call that
+        needs it has it written again. COMMITTED may be in it all the same: from the first try on nothing but
+        COMMITTED can follow. An attempt that cannot be recorded as PREPARED is given up.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ from migration.events import (
     OpenRequested,
     PrepareRequested,
     Recorded,
+    StateNotRecorded,
     StateRecorded,
     StreamBroken,
     StreamsJoined,
@@ -84,7 +88,7 @@ P = DestPhase
 
 TRANSITIONS: dict[DestPhase, dict[type[DestEvent], frozenset[DestPhase]]] = {
     P.IDLE: {OpenRequested: frozenset({P.OPENING})},
-    P.OPENING: {StateRecorded: frozenset({P.RECEIVING})},
+    P.OPENING: {StateRecorded: frozenset({P.RECEIVING}), StateNotRecorded: frozenset({P.IDLE})},
     P.RECEIVING: {
         OpenRequested: frozenset({P.RECEIVING, P.JOINING, P.ABORTING}),
         StreamBroken: frozenset({P.LINK_LOST, P.ABORTING}),
@@ -100,7 +104,10 @@ TRANSITIONS: dict[DestPhase, dict[type[DestEvent], frozenset[DestPhase]]] = {
     P.JOINING: {StreamsJoined: frozenset({P.RECEIVING}), IntakeFailed: frozenset({P.ABORTING})},
     P.VERIFYING: {ImageVerified: frozenset({P.RESTORING, P.ABORTING}), ImageRefused: frozenset({P.ABORTING})},
     P.RESTORING: {GuestRestored: frozenset({P.RECORDING_PREPARED}), ImageRefused: frozenset({P.ABORTING})},
-    P.RECORDING_PREPARED: {StateRecorded: frozenset({P.PREPARED})},
+    P.RECORDING_PREPARED: {
+        StateRecorded: frozenset({P.PREPARED}),
+        StateNotRecorded: frozenset({P.ABORTING}),
+    },
     P.PREPARED: {
         OpenRequested: frozenset({P.ABORTING}),
         StreamBroken: frozenset({P.PREPARED}),
@@ -108,7 +115,12 @@ TRANSITIONS: dict[DestPhase, dict[type[DestEvent], frozenset[DestPhase]]] = {
         CommitRequested: frozenset({P.CONFIRMING}),
     },
     P.CONFIRMING: {GuestConfirmed: frozenset({P.RECORDING_COMMITTED}), ImageRefused: frozenset({P.ABORTING})},
-    P.RECORDING_COMMITTED: {StateRecorded: frozenset({P.STARTING})},
+    P.RECORDING_COMMITTED: {
+        StateRecorded: frozenset({P.STARTING}),
+        StateNotRecorded: frozenset({P.RECORDING_COMMITTED}),
+        CommitRequested: frozenset({P.RECORDING_COMMITTED}),
+        StreamBroken: frozenset({P.RECORDING_COMMITTED}),
+    },
     P.STARTING: {
         GuestStarted: frozenset({P.COMMITTED}),
         GuestStartFailed: frozenset({P.STARTING, P.COMMITTED}),
@@ -121,7 +133,15 @@ TRANSITIONS: dict[DestPhase, dict[type[DestEvent], frozenset[DestPhase]]] = {
         CommitRequested: frozenset({P.COMMITTED}),
         PrepareRequested: frozenset({P.COMMITTED}),
     },
-    P.ABORTING: {StateRecorded: frozenset({P.ABORTED, P.OPENING})},
+    P.ABORTING: {
+        StateRecorded: frozenset({P.ABORTED, P.OPENING}),
+        StateNotRecorded: frozenset({P.ABORTING}),
+        OpenRequested: frozenset({P.ABORTING}),
+        StreamBroken: frozenset({P.ABORTING}),
+        PrepareRequested: frozenset({P.ABORTING}),
+        CommitRequested: frozenset({P.ABORTING}),
+        AbortRequested: frozenset({P.ABORTING}),
+    },
     P.ABORTED: {
         OpenRequested: frozenset({P.OPENING}),
         PrepareRequested: frozenset({P.ABORTED}),
@@ -245,6 +265,9 @@ class DestMachine:
         ]
 
     def _on_opening(self, event: DestEvent) -> list[DestCommand]:
+        if isinstance(event, StateNotRecorded):
+            self.phase, self.key = P.IDLE, None
+            return [DiscardImage(event.reason), Reply(Answer.UNKNOWN, event.reason)]
         assert isinstance(event, StateRecorded)
         self.phase = P.RECEIVING
         return [Reply(Answer.UNKNOWN)]
@@ -302,6 +325,8 @@ class DestMachine:
         return [RecordState(self.key, Recorded.PREPARED)]
 
     def _on_recording_prepared(self, event: DestEvent) -> list[DestCommand]:
+        if isinstance(event, StateNotRecorded):
+            return self._abort(event.reason)
         assert isinstance(event, StateRecorded)
         self.phase = P.PREPARED
         return [Note("prepared", {}), Reply(Answer.PREPARED)]
@@ -357,10 +382,17 @@ class DestMachine:
         return [RecordState(self.key, Recorded.COMMITTED)]
 
     def _on_recording_committed(self, event: DestEvent) -> list[DestCommand]:
-        assert isinstance(event, StateRecorded)
         assert self.key is not None
-        self.phase = P.STARTING
-        return [Note("committed", {}), RunGuest(self.key)]
+        match event:
+            case StateRecorded():
+                self.phase = P.STARTING
+                return [Note("committed", {}), RunGuest(self.key)]
+            case StateNotRecorded(reason):
+                return [Reply(Answer.UNKNOWN, reason)]
+            case CommitRequested(_, image_digest):
+                self._check_same_image(image_digest)
+                return [RecordState(self.key, Recorded.COMMITTED)]
+        return []
 
     def _on_starting(self, event: DestEvent) -> list[DestCommand]:
         """The guest is ours; whoever asks has it started again, until it runs or its process is gone."""
@@ -411,7 +443,8 @@ class DestMachine:
         return [DiscardImage(reason), RecordState(self.key, Recorded.ABORTED, reason)]
 
     def _on_aborting(self, event: DestEvent) -> list[DestCommand]:
-        assert isinstance(event, StateRecorded)
+        if not isinstance(event, StateRecorded):
+            return self._still_aborting(event)
         self.phase = P.ABORTED
         answer = self._reply_when_aborted
         note = (
@@ -422,6 +455,23 @@ class DestMachine:
         if self._next_open is not None:
             return [note, *self._on_open(self._next_open)]
         return [note] if answer is None else [note, Reply(answer, self._abort_reason)]
+
+    def _still_aborting(self, event: DestEvent) -> list[DestCommand]:
+        """Everything of the attempt is discarded, and the journal did not take it yet."""
+        assert self.key is not None
+        match event:
+            case StateNotRecorded(reason):
+                self._next_open = None
+                return [Reply(Answer.UNKNOWN, reason)]
+            case StreamBroken():
+                return []
+            case OpenRequested(key) if key == self.key:
+                raise RemoteProtocolError(f"attempt {key} was aborted: {self._abort_reason}")
+            case OpenRequested():
+                self._next_open = event
+            case _:
+                self._reply_when_aborted = self._reply_when_aborted or Answer.ABORTED
+        return [RecordState(self.key, Recorded.ABORTED, self._abort_reason)]
 
     def _on_aborted(self, event: DestEvent) -> list[DestCommand]:
         match event:

@@ -204,6 +204,13 @@ class StateRecorded:
 
 
 @dataclass(frozen=True, slots=True)
+class StateNotRecorded:
+    """The journal of the destination could not be written. Whether the state is in it nobody knows for certain."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class GuestResumed:
     """The guest runs on at the source."""
 
@@ -411,6 +418,7 @@ DestEvent = (
     | ImageRefused
     | GuestRestored
     | StateRecorded
+    | StateNotRecorded
     | CommitRequested
     | GuestConfirmed
     | GuestStarted

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 ACK_EVERY = 3
 SILENCE_MS = 1_000  # the real one's is ten seconds
+NOTICE_MS = 1_000  # likewise
 
 
 class SimIntake:
@@ -87,7 +88,7 @@ class SimIntake:
         finally:
             self._fresh = None
         self._integrity = order.integrity
-        self._silence_ms = max(SILENCE_MS, link_timeout_ms)
+        self._silence_ms = max(SILENCE_MS, link_timeout_ms + NOTICE_MS if link_timeout_ms else 0)
         return self._opened()
 
     def _opened(self) -> tuple[str, tuple[int, ...]]:
