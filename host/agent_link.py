@@ -112,7 +112,8 @@ class AgentLink:
     Args:
         socket_path: where the agent listens.
         on_notify: called as (event, fields) on the reading thread; it must not wait for a request here.
-        on_lost: called once per connection with the reason, on the reading thread, unless `close` ended it.
+        on_lost: called once per connection with the reason, unless `close` ended it: on the reading thread, or on
+            that of a request that could not be sent. It must not wait for a request here.
     """
 
     def __init__(
@@ -268,7 +269,9 @@ class AgentLink:
         try:
             socket.send_fds(connection, [datagram], list(fds))
         except OSError as error:
-            self._drop(f"sending {op!r} failed: {error.strerror}", connection)
+            why = f"sending {op!r} failed: {error.strerror}"
+            if self._drop(why, connection) and self.on_lost is not None:
+                self.on_lost(why)
         try:
             reply, received = future.result(timeout)
         except TimeoutError:

@@ -3,6 +3,9 @@
 Rule 1: the agent is the authority on the guest's state; this class asks, and remembers only descriptors.
 Rule 2: RAM belongs to one guest. It is taken from the agent once it has one, and dropped when it is let go of:
         given away, its evidence collected.
+Rule 3: an agent whose connection broke is looked for again, for as long as the node lives. While a migration listens
+        for the loss, its end is awaited first: it has to find out for itself what became of its guest. What the
+        journal says of the guest is carried out once for each agent process.
 """
 
 from __future__ import annotations
@@ -38,7 +41,11 @@ class LocalGuest:
         self._ready = threading.Event()
         self._stopping = threading.Event()
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._attach, name="attach-guest", daemon=True)
+        self._thread = threading.Thread(target=self._main, name="attach-guest", daemon=True)
+        self._wanted = threading.Event()  # somebody has to look for the agent
+        self._wanted.set()
+        self._unwatched = threading.Event()
+        self._unwatched.set()
         self._on_attached: Callable[[], None] = lambda: None
         self._pid = 0
         self._lost_listener: Callable[[str], None] | None = None
@@ -56,13 +63,18 @@ class LocalGuest:
         return self._ready.is_set()
 
     def start(self, on_attached: Callable[[], None]) -> None:
-        """Look for the agent in the background; `on_attached` runs once, before anybody else may use it."""
+        """Look for the agent in the background; `on_attached` runs once for every process of it that is found.
+
+        For the first one before anybody else may use it.
+        """
         self._on_attached = on_attached
         self._thread.start()
 
     def stop(self) -> None:
         """Let go of the agent and of its RAM. The guest lives on."""
         self._stopping.set()
+        self._wanted.set()
+        self._unwatched.set()
         self.link.close()  # first: it ends the wait for an agent that never came
         self._thread.join()  # ends: within ATTACH_POLL_S
         self.drop_ram()
@@ -95,8 +107,12 @@ class LocalGuest:
             return True
 
     def listen_for_loss(self, listener: Callable[[str], None] | None) -> None:
-        """Have one listener told, on the link's thread, when the agent's connection breaks."""
+        """Have one listener told, on whatever thread finds it out, when the agent's connection breaks."""
         self._lost_listener = listener
+        if listener is None:
+            self._unwatched.set()
+        else:
+            self._unwatched.clear()
 
     def take_ram(self) -> HostRam:
         """Receive the running guest's RAM and dirty tracking from the agent (again).
@@ -136,6 +152,7 @@ class LocalGuest:
         self._events.add("guest_link_lost", reason=reason)
         if (listener := self._lost_listener) is not None:
             listener(reason)
+        self._wanted.set()
 
     def _notified(self, event: str, fields: Mapping[str, object]) -> None:
         if event == "ready":
@@ -148,26 +165,48 @@ class LocalGuest:
             self._ready.set()
             self._events.add("guest_ready")
 
+    def _main(self) -> None:
+        while not self._stopping.is_set():
+            self._wanted.wait()  # ends: the link is lost, or the node stops
+            self._wanted.clear()
+            self._unwatched.wait()  # ends: the migration that listens for the loss ends, or the node stops
+            self._attach()
+
     def _attach(self) -> None:
         while not self._stopping.is_set():
             try:
                 self.link.connect(timeout=ATTACH_POLL_S)
                 hello = self.link.hello()
-            except AgentLost:
+                if hello.pid == self._pid and self._attached.is_set():
+                    self._events.add("guest_link_found", state=hello.state, pid=hello.pid)
+                else:
+                    hello = self._adopt(hello)
+            except AgentLost as error:
+                if self.link.connected:
+                    self._events.add("guest_silent", reason=str(error))
                 continue
-            self._pid = hello.pid
-            try:
-                if hello.state != "standby":
-                    self.take_ram()
-                self._on_attached()
             except (HostError, OSError) as error:
                 self._events.add("guest_unusable", reason=str(error))
                 return
-            self._attached.set()
-            self._events.add("guest_attached", pages=hello.pages, state=hello.state, pid=hello.pid)
             if hello.ready:
                 self._announce_ready()
             return
+
+    def _adopt(self, hello: Hello) -> Hello:
+        """Another process of the agent, the first one or one that was started again: what it says once it is ours.
+
+        RAM of a process that is gone stays until another guest's takes its place: somebody may be reading it.
+        """
+        if self._attached.is_set():
+            self._ready.clear()
+            hello = self.link.hello()  # it may have said "ready" before that
+        self._pid = hello.pid
+        if hello.state != "standby":
+            self.take_ram()
+        self._on_attached()
+        self._attached.set()
+        self._events.add("guest_attached", pages=hello.pages, state=hello.state, pid=hello.pid)
+        return hello
 
     def _drop(self) -> None:
         if self.scanner is not None:

@@ -222,7 +222,6 @@ class MigrationRun:
         shell, host = self._shell, self._host
         shell.watch.ended_ns = now_ns()
         host.hints.listen(None)
-        host.guest.listen_for_loss(None)
         if shell.watch.decided_ns and outcome.outcome != "completed":
             # COMMITTED was answered: whatever went wrong afterwards, the destination has the guest.
             outcome = do.EndMigration("completed", f"the destination runs the guest; but {outcome.reason}")
@@ -239,6 +238,7 @@ class MigrationRun:
         if outcome.outcome == "completed":
             _or_missing("artefacts", shell.write_evidence, missing)
         host.events.add("node_resources", **host.resources.fields())
+        host.guest.listen_for_loss(None)  # from here on another agent may be taken in
         self._finished = True  # first: whoever hears of the end may begin the next migration
         host.events.add(
             "migration_ended",

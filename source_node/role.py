@@ -66,6 +66,9 @@ class SourceRole:
 
     def recover_guest(self) -> None:
         """Ask for the outcome of an attempt that was COMMITTING; let the guest of an aborted one run on."""
+        with self._lock:
+            if self._run is not None and not self._run.ended:
+                return  # it looks after its guest itself
         entries, guest = self._host.journal.entries("source"), self._host.guest
         pending = to_take_up(entries)
         if pending is not None and pending.digest is not None:
