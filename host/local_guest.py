@@ -3,9 +3,9 @@
 Rule 1: the agent is the authority on the guest's state; this class asks, and remembers only descriptors.
 Rule 2: RAM belongs to one guest. It is taken from the agent once it has one, and dropped when it is let go of:
         given away, its evidence collected.
-Rule 3: an agent whose connection broke is looked for again, for as long as the node lives. While a migration listens
-        for the loss, its end is awaited first: it has to find out for itself what became of its guest. What the
-        journal says of the guest is carried out once for each agent process.
+Rule 3: an agent whose connection broke is looked for again, for as long as the node lives. While a migration
+        listens for the loss, its end is awaited first: it has to find out for itself what became of its guest.
+        What the journal says of the guest is carried out once for each agent process.
 """
 
 from __future__ import annotations
