@@ -18,9 +18,10 @@ from dest_node.page_receiver import PageReceiver
 from dest_node.recovery import aborted_image, committed_image, last_given_epoch
 from migration import commands as do
 from migration import events as told
-from migration.codec import decode_chunk, image_digest
+from migration.codec import UNPACKED, decode_chunk, image_digest
 from migration.dest_machine import RESUMABLE_PHASES, DestMachine, DestPhase
 from migration.errors import ProtocolError, RemoteProtocolError
+from migration.packing import unpack
 from migration.pages import PAGE_BYTES, pfns_of
 from testbed.sim import points
 from testbed.sim.errors import AgentGone, AgentRefused, CallRefused, ViolationError
@@ -399,4 +400,6 @@ def _store_anyway(receiver: PageReceiver, message: bytes) -> None:
     if chunk.data_page_count:
         receiver.ram.words[:]  # the memory is there as long as its attempt
         receiver.ram.closed = False  # type: ignore[attr-defined]
+        if chunk.packing is not UNPACKED:
+            chunk = unpack(chunk, receiver.ram.gather)
         receiver.ram.store(chunk.run_first, chunk.run_pages, chunk.data)
