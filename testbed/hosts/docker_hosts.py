@@ -246,7 +246,10 @@ class DockerHosts:
         try:
             host.client.wait_until_serving(SERVE_S, still_worth_it=lambda: host.node.alive)
         except RunBrokenError as error:
-            raise RunBrokenError(f"{error}: {host.node.last_words() or 'it said nothing'}") from None
+            if host.node.alive:
+                raise RunBrokenError(f"{error}: {host.node.last_words() or 'it said nothing'}") from None
+            words = self._last_words(host.node, host.container) or "it said nothing"
+            raise RunBrokenError(f"the {host.origin} node {host.node.status}: {words}") from None
 
     def _start_again(self, host: DockerHost, reached_at: Callable[[], str]) -> None:
         for process in (host.agent, host.node):
@@ -283,16 +286,17 @@ class DockerHosts:
         self._history.note("process_started", process=process.name, pid=process.pid)
 
     def _exited(self, process: ContainerProcess, container: RunContainer) -> None:
-        words = "" if process.asked_to_end else process.last_words()
-        if not process.asked_to_end and process.status.endswith("SIGKILL"):
-            words = self._out_of_memory(container) or words
         self._history.note(
             "process_ended",
             process=process.name,
             asked=process.asked_to_end,
             status=process.status,
-            last_words=words,
+            last_words="" if process.asked_to_end else self._last_words(process, container),
         )
+
+    def _last_words(self, process: ContainerProcess, container: RunContainer) -> str:
+        killed = process.status.endswith("SIGKILL")
+        return (self._out_of_memory(container) if killed else "") or process.last_words()
 
     def _out_of_memory(self, container: RunContainer) -> str:
         """Whether the kernel killed it because the container's memory was spent: a fact, and the reason."""
