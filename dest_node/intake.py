@@ -68,6 +68,7 @@ class Intake:
         self._machine = DestMachine()
         self._outcomes = Outcomes(host.journal, host.name)
         self._receiver: PageReceiver | None = None
+        self._incarnation = ""  # of the attempt's memory, also once the guest has taken it over
         self._fresh: HostRam | None = None  # for the attempt that is being opened
         self._asked = 1, "full", 0  # of that attempt: streams, integrity, link_timeout_ms
         self._prepare: migration_pb2.PrepareRequest | None = None
@@ -186,8 +187,8 @@ class Intake:
     def prepare(self, key: AttemptKey, request: migration_pb2.PrepareRequest) -> do.Reply:
         """Verify, restore, record PREPARED."""
         with self._lock:
-            if key == self._machine.key and self._receiver is not None:
-                if request.incarnation != self._receiver.incarnation:
+            if key == self._machine.key:
+                if self._incarnation and request.incarnation != self._incarnation:
                     raise RemoteProtocolError("Prepare names another incarnation of this memory")
                 if self._machine.phase in RESUMABLE_PHASES:
                     self._prepare = request
@@ -291,6 +292,7 @@ class Intake:
             case do.ReserveMemory(key, memory_bytes):
                 assert self._fresh is not None, "memory is reserved by open alone"
                 self._receiver = PageReceiver(self._fresh, key.attempt, streams=self._asked[0])
+                self._incarnation = self._receiver.incarnation
                 self._fresh = None
                 self._read_back.clear()
                 self._host.events.add("memory_reserved", memory_bytes=memory_bytes, cpu_seconds=cpu_seconds())
@@ -476,7 +478,7 @@ class Intake:
 
     def _discard(self) -> None:
         """Nothing of the attempt may stay; and nothing here may fail, or the attempt could never end."""
-        receiver, self._receiver = self._receiver, None
+        receiver, self._receiver, self._incarnation = self._receiver, None, ""
         try:
             self._read_back.drop_draft()
         except OSError as error:

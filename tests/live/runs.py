@@ -122,8 +122,11 @@ def memory_held():
     return {fd.stat().st_ino for fd in links if "memfd:" in os.readlink(fd)}  # noqa: PTH115
 
 
-def nothing_is_left_of(run_dir, others=frozenset()):
-    """No process, socket, file or memory outside the run's directory; `others` is memory held before."""
+def nothing_is_left_of(run_dir, others=None):
+    """No process, socket, file or memory outside the run's directory.
+
+    `others` is the memory that this process held before a run of its own; a run in another process has none.
+    """
     record = load(run_dir.path)
     run = record.manifest["run"]
     for event in record.all("process_started"):
@@ -139,7 +142,7 @@ def nothing_is_left_of(run_dir, others=frozenset()):
         with socket.socket() as probe:
             assert probe.connect_ex((host, int(port))) != 0, "somebody still listens"
     # Guest RAM is a memfd: it lives exactly as long as somebody holds it, and only we are left.
-    assert not memory_held() - others
+    assert others is None or not memory_held() - others
 
 
 def waited_for(is_so, what):

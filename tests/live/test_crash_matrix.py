@@ -14,7 +14,7 @@ import pytest
 from testbed.crashes.cell import run_cell
 from testbed.crashes.table import CELLS, CRASHES
 from testbed.interrupt import Interrupt
-from tests.live.runs import nothing_is_left_of
+from tests.live.runs import memory_held, nothing_is_left_of
 
 SAMPLE = 10
 AT_ONCE = 2  # a cell mostly waits for processes to start
@@ -37,12 +37,12 @@ def sample(seed, count=SAMPLE):
 @pytest.mark.live
 @pytest.mark.parametrize("seed", [seed_of_today()])
 def test_a_sample_of_crashes_ends_as_the_table_says(tmp_path, seed):
-    cells = sample(seed)
+    cells, others = sample(seed), memory_held()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         runs = list(pool.map(lambda cell: run_cell(cell, tmp_path, Interrupt(), seed=seed), cells))
     assert not [one.line for one in runs if one.problems], f"repeat with BALLAST_SEED={seed}"
     for one in runs:
-        nothing_is_left_of(one.run.run_dir)
+        nothing_is_left_of(one.run.run_dir, others)
         healed = [event for event in (one.run.result.faults) if event.healed_at_ms is not None]
         assert [fault.at for fault in healed] == [one.cell.point], "its crash is in the result"
 
