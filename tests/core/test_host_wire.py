@@ -12,6 +12,7 @@ import pytest
 
 from host.netlink_news import NetlinkNews
 from host.wire import OtherTraffic, TcpMeter
+from tests.live.runs import waited_for
 
 
 @pytest.fixture
@@ -87,8 +88,10 @@ def test_what_a_connection_carried_after_the_last_look_is_heard_when_it_ends(ser
 
 
 def test_a_connection_that_nobody_saw_alive_is_heard_too(server):
+    """Its end is announced by a worker of the kernel, a moment after it."""
     meter = TcpMeter(address_of(server))
     close(exchange(server, 500, 5))
+    waited_for(lambda: meter.sample().tx_bytes, "the end of a connection that nobody expects")
     assert meter.sample().tx_bytes == 500
 
 
