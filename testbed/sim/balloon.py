@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from virtio.split_ring import Chain
 
 KICK_NS = 40_000
-LATE = 0.25  # how often the device, or the driver, hears of something late
-KICK_LATE_NS = 8 * MS
+LATE = 0.3  # how often the device, or the driver, hears of something late
+KICK_LATE_NS = 15 * MS
 
 
 class SimBalloon:

@@ -397,8 +397,7 @@ def _answered(action: Callable[[], None], success: told.DestEvent) -> told.DestE
 def _store_anyway(receiver: PageReceiver, message: bytes) -> None:
     """Planted: the data goes to memory, and into no book."""
     chunk = decode_chunk(message, pages=receiver.ram.pages)
-    if chunk.data_page_count:
-        receiver.ram.words[:]  # the memory is there as long as its attempt
+    if chunk.data_page_count and len(chunk.data) == chunk.data_page_count * PAGE_BYTES:  # not packed
         receiver.ram.closed = False  # type: ignore[attr-defined]
         if chunk.packing is not UNPACKED:
             chunk = unpack(chunk, receiver.ram.gather)

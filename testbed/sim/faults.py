@@ -49,12 +49,14 @@ class Faults:
             "hang": lambda fault, host: self._hang(host, fault),
             "replace": lambda fault, host: self._hang(host, fault, replaced=True),
             "cancel": lambda _fault, _host: self._cancel(),
+            "hold": lambda _fault, _host: None,  # whoever is at a point is held there, whatever the fault
             "timers": lambda _fault, _host: self._hurry(),
             "refuse streams": lambda _fault, _host: self._refuse_streams(),
             "refuse calls": lambda fault, _host: self._for_a_while(simulation.dest.node, "refuses", fault),
             "mute": lambda fault, host: self._for_a_while(host.agent, "mute", fault),
             "repeat": lambda fault, _host: self._repeat(fault.kind),
             "stick": lambda _fault, _host: self._stick(),
+            "overtake": lambda _fault, _host: self._overtake(),
             "cut": self._cut_agent_link,
             "restart": self._restart_device,
         }
@@ -197,6 +199,11 @@ class Faults:
         node = self._sim.source.node
         if node is not None and node.run is not None:
             node.run.hurry()
+
+    def _overtake(self) -> None:
+        node = self._sim.source.node
+        if node is not None and node.run is not None:
+            node.run.shell.news_overtaken = True
 
     def _for_a_while(self, what: object, flag: str, fault: Fault) -> None:
         if what is not None:

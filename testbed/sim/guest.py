@@ -23,6 +23,7 @@ from testbed.sim.errors import AgentGone, AgentRefused, ViolationError
 from testbed.sim.ram import SimRam
 from testbed.sim.world import Process
 from virtio.balloon import CMD_ID_DONE, CMD_ID_STOP
+from virtio.errors import VirtioError
 from virtio.ring_layout import layout_at
 from virtio.split_ring import DriverRing
 
@@ -213,13 +214,17 @@ class Guest:
         """What no driver may do: each costs the guest what it deserves, and nobody else anything."""
         if self.ring.free_descriptors < 8:
             return
-        match self._dice.randrange(4):
+        match self._dice.randrange(5):
             case 0:
                 self.ring.add([], [((self.ram.pages - 1) * PAGE_BYTES, 1000)], None)
             case 1:
                 self._command(self._dice.randrange(2, 2**32))
             case 2:
                 self._command(self.config_id, length=3)
+            case 3:  # all of memory, and its kernel with it
+                if not self._truth.void.all():
+                    self._truth.void[:] = True
+                    self.ring.add([], [(0, self.ram.pages * PAGE_BYTES)], None)
             case _:
                 pfns = self._some(USED, 3)
                 self._truth.void[pfns] = True
@@ -357,7 +362,10 @@ class Agent(Process):
         self._heard()
         if self.state is not State.STANDBY:
             raise AgentRefused(f"restore is not possible while the guest is {self.state.value}")
-        self.guest = Guest.restored(state, ram, self._truth, self._options, self._dice)
+        try:
+            self.guest = Guest.restored(state, ram, self._truth, self._options, self._dice)
+        except VirtioError as error:
+            raise AgentRefused(f"this image cannot be restored: {error}") from error
         self.epoch = epoch
         self._become(State.RESTORED)
 

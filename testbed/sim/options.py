@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from testbed.sim.draw import stream
-from testbed.sim.points import POINTS
+from testbed.sim.points import DECISIVE, PHASES, POINTS
 
 if TYPE_CHECKING:
     import random
@@ -92,17 +92,17 @@ def draw(seed: int) -> Options:
         touched=dice.uniform(0.5, 1.0),
         kept=dice.uniform(0.1, 0.4),
         writes=dice.randint(2, 12),
-        idle=dice.choice((0.0, 0.0, 0.5, 0.9, 0.98)),
+        idle=dice.choice((0.0, 0.0, 0.0, 0.0, 0.5, 0.97)),
         batch_pages=dice.choice((24, 64, 2048)),
         skip=dice.choice(("none", "zero", "hint", "hint", "both", "both", "both")),
         compression=dice.choice(("lz4", "zstd")) if dice.random() < 0.1 else "none",
         delta_cache_pages=64 if dice.random() < 0.1 else 0,
         integrity=dice.choice(("full", "stream", "stream")),
         hint_mode=dice.choice(("hold", "walk")),
-        hint_diligence=dice.choice((1.0, 0.5, 0.2, 0.05, 0.0)) if dice.random() < 0.5 else 1.0,
-        retake=dice.choice((0.0, 0.1, 0.5)),
+        hint_diligence=dice.choice((1.0, 1.0, 1.0, 0.6, 0.4, 0.2, 0.05, 0.0)),
+        retake=dice.choice((0.0, 0.2, 0.7)),
         guest_lies=dice.random() < 0.1,
-        rehearsal=dice.random() < 0.15,
+        rehearsal=dice.random() < 0.2,
         rounds_max=dice.randint(1, 7),
         downtime_limit_ms=dice.choice((0.0, 0.05, 0.5, 2.0)),
         timeout_ms=dice.choice((60.0, 200.0, 3_000.0, 3_000.0, 3_000.0)),
@@ -117,8 +117,30 @@ def draw(seed: int) -> Options:
     )
 
 
+# Schedules that dice would need long to find: faults that must meet within a millisecond.
+RECIPES: tuple[tuple[Fault, ...], ...] = (
+    # A guest that does not start at once, while the news of a broken stream is still on its way.
+    (
+        Fault("reset connections", point="source.phase.SAVING"),
+        Fault("mute dest agent", point="dest.RunGuest.before", for_ms=40.0),
+    ),
+    # ... and while somebody gives the attempt up again.
+    (
+        Fault("mute dest agent", point="dest.RunGuest.before", for_ms=40.0),
+        Fault("repeat Abort", point="dest.RunGuest.after"),
+    ),
+    # An answer that is lost, of a destination that could not keep its word.
+    (
+        Fault("kill dest agent", point="source.SendCommit.before", for_ms=20.0),
+        Fault("lose messages", point="dest.ConfirmGuest.before", for_ms=30.0, amount=0.8),
+    ),
+)
+
+
 def draw_faults(dice: random.Random) -> tuple[Fault, ...]:
     """A schedule. A world in eight has none."""
+    if dice.random() < 0.03:
+        return dice.choice(RECIPES)
     count = 0 if dice.random() < 0.12 else dice.randint(1, FAULTS_MAX)
     storm = dice.random() < 0.2
     storms = (
@@ -144,7 +166,9 @@ KINDS: dict[str, float] = {  # -> how often
     "replace hung source node": 1.5,
     "replace hung dest node": 1.5,
     "cancel": 2.0,
+    "hold source node": 3.0,
     "timers fire early": 1.2,
+    "overtake stream news": 1.5,
     "refuse streams": 1.0,
     "refuse calls": 1.0,
     "mute source agent": 0.8,
@@ -164,7 +188,6 @@ def draw_fault(dice: random.Random) -> Fault:
     for_ms = dice.choice((3.0, 20.0, 100.0, 600.0))
     amount = dice.choice((0.05, 0.3, 0.8)) if kind in LASTING else 0.0
     if dice.random() < 0.6:
-        return Fault(
-            kind, point=dice.choice(POINTS), nth=dice.choice((1, 1, 1, 2, 3)), for_ms=for_ms, amount=amount
-        )
+        point = dice.choice(dice.choice((DECISIVE, DECISIVE, POINTS, POINTS, PHASES)))
+        return Fault(kind, point=point, nth=dice.choice((1, 1, 1, 2, 3)), for_ms=for_ms, amount=amount)
     return Fault(kind, at_ms=dice.uniform(1.0, ACTIVE_MS), for_ms=for_ms, amount=amount)

@@ -59,6 +59,7 @@ class Lane:
     numbers: ChunkNumbers
     pipe: Pipe | None = None
     stored_below: int = 0
+    round_index: int = 1  # of what was read last
     kept: deque[U64Array] = field(default_factory=deque)
     works: deque[Part | Marker] = field(default_factory=deque)
     ready: deque[OutgoingChunk] = field(default_factory=deque)  # read, and not yet given to the pipe
@@ -140,6 +141,9 @@ class SimStreams:
 
     def close(self, done: Callable[[bool], None]) -> None:
         """Half-close; `done` is told whether the destination ended the calls."""
+        if all(lane.ended for lane in self._lanes):
+            done(True)
+            return
         self._closing = done
         for lane in self._lanes:
             if lane.pipe is not None:
@@ -175,8 +179,7 @@ class SimStreams:
         if self.world.plant is Plant.ACKNOWLEDGED_FORGOTTEN_ON_RECONNECT:
             lost = np.unique(np.concatenate([lost, lane.acknowledged]))
         if len(lost):
-            last = lane.works[0].round_index if lane.works else 1
-            lane.works.appendleft(Part(last, lost, is_repair=True))
+            lane.works.appendleft(Part(lane.round_index, lost, is_repair=True))
         if lane.numbers.packer is not None:
             lane.numbers.packer.forget(lost)
         return lost
@@ -232,6 +235,7 @@ class SimStreams:
         lane.ready.append(chunk)
 
     def _read_part(self, lane: Lane, part: Part) -> None:
+        lane.round_index = part.round_index
         pfns, part.pfns = part.pfns[:SLICE_PAGES], part.pfns[SLICE_PAGES:]
         for chunk in self._reader.chunks_of(lane.numbers, part.round_index, pfns):
             self._keep(lane, chunk)

@@ -1,6 +1,7 @@
 """The points of the protocol where a process may be killed, cut off or held: made from the machines' orders.
 
-Before and after every order that does something, and between writing and syncing every record.
+Before and after every order that does something, between writing and syncing every record, and wherever the source
+enters a phase that can still turn back.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Final, get_args
 
 from migration import commands as do
 from migration.events import Recorded
+from migration.source_phases import REVERSIBLE_PHASES, SourcePhase
 
 # Orders that only concern the shell itself.
 UNSEEN: Final = frozenset({do.ArmTimer, do.DisarmTimer, do.Note, do.EndMigration})
@@ -26,6 +28,16 @@ def after(role: str, command: type) -> str:
     return f"{role}.{command.__name__}.after"
 
 
+def phase(entered: SourcePhase) -> str:
+    """The point where the source enters a phase, before the orders that belong to it."""
+    return f"source.phase.{entered.name}"
+
+
+PHASES: Final = tuple(
+    phase(entered) for entered in SourcePhase if entered in REVERSIBLE_PHASES | {SourcePhase.RECORDING}
+)
+
+
 def _points() -> tuple[str, ...]:
     names: list[str] = []
     for role, union, states in (
@@ -37,7 +49,25 @@ def _points() -> tuple[str, ...]:
                 names += [before(role, command), after(role, command)]
         for state in states:
             names += [f"{role}.{state.value}.written", f"{role}.{state.value}.recorded"]
-    return tuple(names)
+    return (*names, *PHASES)
 
 
 POINTS: Final = _points()
+# Between Prepare and the running guest a fault decides most; half of those at points come there.
+DECISIVE: Final = tuple(
+    point
+    for point in POINTS
+    if any(
+        word in point
+        for word in (
+            "PREPARED",
+            "COMMIT",
+            "Commit",
+            "Prepare",
+            "RunGuest",
+            "ConfirmGuest",
+            "ABORTED",
+            "ResumeGuest",
+        )
+    )
+)

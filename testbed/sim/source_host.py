@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 STEP_NS = 15_000
 SLOW_STEPS, SLOW_STEP_NS = 0.05, 4 * MS
 HOLD_NS = 40 * MS
+PHASE_POINTS = frozenset(points.PHASES)
 EVENTS_MAX = 64  # of a machine's queue: hint reports come slower than they are taken
 
 
@@ -115,6 +116,10 @@ class SourceRun:
         world, machine = self.node.world, self.machine
         before = machine.phase
         self._commands.extend(machine.handle(event, world.now_ns))
+        entered = machine.phase is not before and points.phase(machine.phase) in PHASE_POINTS
+        if entered and world.reach(points.phase(machine.phase)):
+            self.blocked = True
+            world.after(self.dice.randrange(1, HOLD_NS), self._unhold, self.node)
         world.coverage[f"source {before.name} {type(event).__name__} {machine.phase.name}"] += 1
         if world.transcript is not None:
             world.say(self.node.name, f"{in_a_line(event)}: {before.name} -> {machine.phase.name}")
@@ -130,6 +135,10 @@ class SourceRun:
             self.node.world.after(self.dice.randrange(1, HOLD_NS), lambda: self._let_go(command), self.node)
             return
         self.carry_out(command, seen=seen)
+
+    def _unhold(self) -> None:
+        self.blocked = False
+        self.go_on()
 
     def _let_go(self, command: do.SourceCommand) -> None:
         self.blocked = False

@@ -64,6 +64,7 @@ class SourceShell:
         self.guest = node.agent.guest
         self.tracking = False
         self.hints_asked = False
+        self.news_overtaken = False  # the next news of the streams comes after that of a reset
         self._calls: list[Any] = []
         self._streams: SimStreams | None = None
         self._reader: PageReader | None = None
@@ -235,11 +236,14 @@ class SourceShell:
         self._tell_in_time(sent)
 
     def _tell_in_time(self, event: told.SourceEvent) -> None:
-        """At once, as a rule; other news may overtake it."""
-        if self.run.dice.random() < LATE_NEWS:
-            self.node.world.after(
-                self.run.dice.randrange(1, LATE_NEWS_NS), lambda: self.run.post(event), self.node
-            )
+        """At once, as a rule; other news may overtake it, such as that the link went at this very moment."""
+        dice = self.run.dice
+        if self.news_overtaken or dice.random() < LATE_NEWS:
+            if self.news_overtaken:
+                self.node.network.reset("connection reset")
+            self.news_overtaken = False
+            late_ns = dice.choice((MS // 5, MS, LATE_NEWS_NS))
+            self.node.world.after(dice.randrange(1, late_ns), lambda: self.run.post(event), self.node)
         else:
             self.run.post(event)
 
@@ -285,11 +289,13 @@ class SourceShell:
         vcpu_state = b"" if rehearsal else self.node.agent.save()
         device = self.node.balloon.device_state()
         self.run.blocked = True
+        told_already = False
 
         def closed(in_order: bool) -> None:
-            if self.run.over or not self.run.blocked:
+            nonlocal told_already
+            if self.run.over or told_already:
                 return
-            self.run.blocked = False
+            told_already, self.run.blocked = True, False
             if not in_order:
                 self._lanes.cancel()  # every chunk is acknowledged: Prepare will show what became of the link
             self._saved(vcpu_state, device, rehearsal)
