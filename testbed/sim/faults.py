@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from testbed.sim.simulation import Simulation
 
 REPEATED_NS = 100 * MS
+HOLD_NS = 40 * MS
 # The agent has said that it holds the image, and is not asked again before it must run it.
 BEYOND_RECALL = frozenset({DestPhase.CONFIRMING, DestPhase.RECORDING_COMMITTED, DestPhase.STARTING})
 
@@ -64,10 +65,10 @@ class Faults:
     def arm(self, fault: Fault) -> None:
         """Have it come when it is due."""
         if fault.at_ms is not None:
-            self._world.after(int(fault.at_ms * MS), lambda: self._apply(fault))
+            self._world.after(int(fault.at_ms * MS), lambda: self._come(fault))
             return
         waiting = self._world.at_point.setdefault(fault.point, [])
-        waiting.extend([lambda: None] * (fault.nth - 1 - len(waiting)))
+        waiting.extend([lambda: False] * (fault.nth - 1 - len(waiting)))
         waiting.append(lambda: self._apply(fault))
 
     def heal(self) -> None:
@@ -88,15 +89,20 @@ class Faults:
                 host.node.refuses = host.node.writer_stuck = False
             self._reconnect(host)
 
-    def _apply(self, fault: Fault) -> None:
+    def _come(self, fault: Fault) -> None:
+        self._apply(fault)
+
+    def _apply(self, fault: Fault) -> bool:
         if self.healed:
-            return
+            return False
         self._world.say("fault", str(fault))
         self._world.coverage[f"fault {fault.kind}"] += 1
+        self._world.hold_ns = int(fault.for_ms * MS) or HOLD_NS
         words = fault.kind.split()
         host = self._sim.source if "source" in words else self._sim.dest
         action = self._kinds.get(fault.kind) or self._kinds[words[0]]
         action(fault, host)
+        return True
 
     def _later(self, fault: Fault, action: Callable[[], None]) -> None:
         self._world.after(int(fault.for_ms * MS), action)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from testbed.sim.world import World
 
 RETRANSMIT_NS = 15 * MS  # what a short outage costs a message
+STUCK, STUCK_NS = 0.4, 100 * MS
 NOTICE_NS = 30 * MS  # a connection that broke is noticed within this
 KEEPALIVE_NS = 150 * MS  # one that went silent, within this: shorter than the real one's ten seconds
 
@@ -240,6 +241,7 @@ class Pipe:
         self.source_ended: Callable[[str, bool], None] = lambda _reason, _refused: None
         self.source_up = True
         self.dest_up = True
+        self.is_broken = False
         self._network = network
         self._world = network.world
         self._waiting: deque[tuple[str, Any]] = deque()  # sent before the destination took the call
@@ -276,7 +278,14 @@ class Pipe:
         at_ns = self._world.now_ns + delay_ns + network.latency_ns()
         if not overtakes:
             at_ns = self._last_at_ns = max(at_ns, self._last_at_ns + 1)
-        self._world.after(at_ns - self._world.now_ns, lambda: self._deliver(what, message))
+        self._world.after(at_ns - self._world.now_ns, lambda: self._arrived(what, message))
+
+    def _arrived(self, what: str, message: Any) -> None:
+        """What was on the way when the connection broke may be stuck somewhere for a while."""
+        if self.is_broken and self._network.dice.random() < STUCK:
+            self._world.after(self._network.dice.randrange(1, STUCK_NS), lambda: self._deliver(what, message))
+        else:
+            self._deliver(what, message)
 
     def _deliver(self, what: str, message: Any) -> None:
         if self._network.cut[self._there]:
@@ -340,6 +349,7 @@ class Pipe:
 
     def broken(self, reason: str) -> None:
         """The connection is gone: each end notices in its own time."""
+        self.is_broken = True
         self._drop()
         noticed = self._network.noticed_ns
         self._world.after(noticed(), lambda: self._end_source(reason, False), self.source)

@@ -101,6 +101,7 @@ class Node(Process):
         self.stale_ram: np.ndarray[Any, np.dtype[np.uint64]] | None = None
         self.run: SourceRun | None = None
         self.serving = False
+        self.attached = False  # to the agent; nobody is taken in before
         self.refuses = False  # every call: its certificate is another one than it should be
         self.writer_stuck = False  # the next wait for a page writer takes too long
         self.on_ended: Callable[[do.EndMigration], None] = lambda _: None
@@ -144,6 +145,7 @@ class Node(Process):
             self.intake.recover_guest()
         except (AgentRefused, AgentGone) as error:
             self.world.say(self.name, f"guest unusable: {error}")
+        self.attached = True
         if agent.state is State.RUNNING:
             self.balloon.connect()
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PAGES = 256
 FAULTS_MAX = 6
-ACTIVE_MS = 350  # faults begin within this time of a world
+ACTIVE_MS = 300  # faults begin within this time of a world
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +119,17 @@ def draw(seed: int) -> Options:
 
 # Schedules that dice would need long to find: faults that must meet within a millisecond.
 RECIPES: tuple[tuple[Fault, ...], ...] = (
-    # A guest that does not start at once, while the news of a broken stream is still on its way.
+    # The streams break when all is stored: the destination may hear of it when the guest is prepared, or runs.
     (
-        Fault("reset connections", point="source.phase.SAVING"),
+        Fault("reset connections", point="source.phase.SAVING", for_ms=0.05),
+        Fault("hold source node", point="source.SendCommit.before", for_ms=30.0),
+    ),
+    # ... or does not start at once,
+    (
+        Fault("reset connections", point="source.phase.SAVING", for_ms=0.05),
         Fault("mute dest agent", point="dest.RunGuest.before", for_ms=40.0),
     ),
-    # ... and while somebody gives the attempt up again.
+    # while somebody gives the attempt up again.
     (
         Fault("mute dest agent", point="dest.RunGuest.before", for_ms=40.0),
         Fault("repeat Abort", point="dest.RunGuest.after"),
@@ -134,12 +139,32 @@ RECIPES: tuple[tuple[Fault, ...], ...] = (
         Fault("kill dest agent", point="source.SendCommit.before", for_ms=20.0),
         Fault("lose messages", point="dest.ConfirmGuest.before", for_ms=30.0, amount=0.8),
     ),
+    # A lost link that comes back while the source is busy with something else.
+    (Fault("overtake stream news", point="source.phase.DRAINING"),),
+    (
+        Fault("overtake stream news", point="source.phase.DRAINING"),
+        Fault("hold source node", point="source.ResumeStreams.before", for_ms=30.0),
+    ),
+    (Fault("overtake stream news", point="source.phase.FINAL_DRAINING"),),
+    (
+        Fault("reset connections", point="source.phase.CLOSING_HINTS"),
+        Fault("hold source node", point="source.phase.HARVESTING"),
+    ),
+    (
+        Fault("reset connections", point="source.phase.PAUSING"),
+        Fault("hold source node", point="source.phase.FINAL_HARVESTING"),
+    ),
+    # A rehearsal that is disturbed at its end.
+    (Fault("cancel", point="source.phase.KEEPING_EVIDENCE"),),
+    (Fault("cut source agent link", point="source.phase.KEEPING_EVIDENCE"),),
+    (Fault("timers fire early", point="source.phase.KEEPING_EVIDENCE"),),
 )
+RECIPE_SHARE = 0.08
 
 
 def draw_faults(dice: random.Random) -> tuple[Fault, ...]:
     """A schedule. A world in eight has none."""
-    if dice.random() < 0.03:
+    if dice.random() < RECIPE_SHARE:
         return dice.choice(RECIPES)
     count = 0 if dice.random() < 0.12 else dice.randint(1, FAULTS_MAX)
     storm = dice.random() < 0.2
@@ -168,7 +193,7 @@ KINDS: dict[str, float] = {  # -> how often
     "cancel": 2.0,
     "hold source node": 3.0,
     "timers fire early": 1.2,
-    "overtake stream news": 1.5,
+    "overtake stream news": 2.5,
     "refuse streams": 1.0,
     "refuse calls": 1.0,
     "mute source agent": 0.8,
@@ -188,6 +213,6 @@ def draw_fault(dice: random.Random) -> Fault:
     for_ms = dice.choice((3.0, 20.0, 100.0, 600.0))
     amount = dice.choice((0.05, 0.3, 0.8)) if kind in LASTING else 0.0
     if dice.random() < 0.6:
-        point = dice.choice(dice.choice((DECISIVE, DECISIVE, POINTS, POINTS, PHASES)))
+        point = dice.choice(dice.choice((DECISIVE, DECISIVE, POINTS, POINTS, PHASES, PHASES)))
         return Fault(kind, point=point, nth=dice.choice((1, 1, 1, 2, 3)), for_ms=for_ms, amount=amount)
     return Fault(kind, at_ms=dice.uniform(1.0, ACTIVE_MS), for_ms=for_ms, amount=amount)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from testbed.sim.network import Pipe
     from testbed.sim.world import Process, World
 
-SLICE_PAGES = 28  # of a chunk: small, so that much can happen between two
+SLICE_PAGES = 36  # of a chunk: small, so that much can happen between two
 WINDOW_CHUNKS = 6
 READ_NS = 120_000
 

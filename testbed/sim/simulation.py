@@ -32,7 +32,7 @@ from virtio.errors import VirtioError
 if TYPE_CHECKING:
     from migration import commands as do
 
-HEAL_MS = ACTIVE_MS + 400
+HEAL_MS = ACTIVE_MS + 300
 SETTLE_MS = 12_000  # the slowest honest way: deadlines, silence and retries one after the other
 FINAL_MS = 8_000
 RELEASE_MS = 400_000  # a slow driver looks only now and then
@@ -88,7 +88,7 @@ class Simulation:
         node = self.source.node
         if node is not None and node.run is not None and not node.run.over:
             waits = node.run.machine.phase.name in {"COMMITTING", "PREPARING"}
-            return 8 * MS if waits else 5 * MS // 2
+            return 8 * MS if waits else 3 * MS
         return QUIET_NS if self.faults.healed else 8 * MS
 
     # -- the run -------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class Simulation:
     def _settled(self) -> bool:
         for host in self.hosts:
             node = host.node
-            if node is None or not node.serving or (node.run is not None and not node.run.over):
+            if node is None or not node.attached or (node.run is not None and not node.run.over):
                 return False
         return self._owner() is not None or self.lost_is_possible
 

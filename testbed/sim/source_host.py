@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 STEP_NS = 15_000
 SLOW_STEPS, SLOW_STEP_NS = 0.05, 4 * MS
-HOLD_NS = 40 * MS
+HOLD_NS_MAX = 40 * MS
 PHASE_POINTS = frozenset(points.PHASES)
 EVENTS_MAX = 64  # of a machine's queue: hint reports come slower than they are taken
 
@@ -119,7 +119,7 @@ class SourceRun:
         entered = machine.phase is not before and points.phase(machine.phase) in PHASE_POINTS
         if entered and world.reach(points.phase(machine.phase)):
             self.blocked = True
-            world.after(self.dice.randrange(1, HOLD_NS), self._unhold, self.node)
+            world.after(self._hold_ns(), self._unhold, self.node)
         world.coverage[f"source {before.name} {type(event).__name__} {machine.phase.name}"] += 1
         if world.transcript is not None:
             world.say(self.node.name, f"{in_a_line(event)}: {before.name} -> {machine.phase.name}")
@@ -132,9 +132,12 @@ class SourceRun:
         if seen and world.reach(points.before("source", type(command))):
             # Held until the fault is in force: what it brings may be told before what the order brings.
             self.blocked = True
-            self.node.world.after(self.dice.randrange(1, HOLD_NS), lambda: self._let_go(command), self.node)
+            self.node.world.after(self._hold_ns(), lambda: self._let_go(command), self.node)
             return
         self.carry_out(command, seen=seen)
+
+    def _hold_ns(self) -> int:
+        return self.dice.randrange(1, min(HOLD_NS_MAX, self.node.world.hold_ns) + 1)
 
     def _unhold(self) -> None:
         self.blocked = False

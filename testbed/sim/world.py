@@ -56,10 +56,11 @@ class World:
         self.plant = plant
         self.now_ns = 0
         self.steps = 0
+        self.hold_ns = 0  # at a point: as long as the fault that came there lasts
         self.coverage: Counter[str] = Counter()
         self.transcript: list[str] | None = [] if transcript else None
         self.guest_pause_ns: Callable[[], int] = lambda: MS
-        self.at_point: dict[str, list[Callable[[], None]]] = {}
+        self.at_point: dict[str, list[Callable[[], bool]]] = {}  # -> whether a fault came
         self._heap: list[tuple[int, int, Process | None, Callable[[], None]]] = []
         self._order = 0
         self._current: Process | None = None
@@ -110,10 +111,10 @@ class World:
         waiting = self.at_point.get(point)
         if waiting:
             acting = self._current
-            waiting.pop(0)()
+            came = waiting.pop(0)()
             if acting is not None and not acting.alive:
                 raise ProcessDied
-            return True
+            return came
         return False
 
     def say(self, who: str, what: str) -> None:

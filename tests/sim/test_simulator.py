@@ -29,9 +29,27 @@ def test_no_invariant_breaks():
     json.dumps(document)
 
 
+# Where it was found last: looked at first, so that this is quick. When the dice change, the search begins at 0.
+FOUND_LAST = {
+    Plant.DIRTY_LOG_CLEARED_AT_HINT: 6,
+    Plant.HARVEST_WHILE_ID_OPEN: 269,
+    Plant.DIRTY_BIT_CLEARED_AFTER_READ: 3,
+    Plant.RESUME_AFTER_COMMITTING: 3,
+    Plant.COMMIT_NOT_DURABLE: 3,
+    Plant.DONE_FORGOTTEN_ON_CANCEL: 0,
+    Plant.RETRY_WITHOUT_ZEROING: 17,
+    Plant.STALE_ID_ACCEPTED: 640,
+    Plant.ACKNOWLEDGED_FORGOTTEN_ON_RECONNECT: 40,
+    Plant.PREPARE_REPLAYED_AFTER_RESUME: 852,
+    Plant.LATE_CHUNK_STORED: 348,
+    Plant.TWO_PROCESSES_ONE_JOURNAL: 135,
+    Plant.DEVICE_STORES_NOT_LOGGED: 320,
+}
+
+
 @pytest.mark.parametrize("plant", DESCRIPTIONS, ids=lambda plant: plant.value)
 def test_a_planted_bug_is_found(plant):
-    for seed in range(PLANT_SEEDS):
+    for seed in (FOUND_LAST[plant], *range(PLANT_SEEDS)):
         outcome = simulate(seed, plant)
         if outcome.violation:
             return
