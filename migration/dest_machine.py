@@ -137,7 +137,6 @@ TRANSITIONS: dict[DestPhase, dict[type[DestEvent], frozenset[DestPhase]]] = {
         StateRecorded: frozenset({P.ABORTED, P.OPENING}),
         StateNotRecorded: frozenset({P.ABORTING}),
         OpenRequested: frozenset({P.ABORTING}),
-        StreamBroken: frozenset({P.ABORTING}),
         PrepareRequested: frozenset({P.ABORTING}),
         CommitRequested: frozenset({P.ABORTING}),
         AbortRequested: frozenset({P.ABORTING}),
@@ -463,8 +462,6 @@ class DestMachine:
             case StateNotRecorded(reason):
                 self._next_open = None
                 return [Reply(Answer.UNKNOWN, reason)]
-            case StreamBroken():
-                return []
             case OpenRequested(key) if key == self.key:
                 raise RemoteProtocolError(f"attempt {key} was aborted: {self._abort_reason}")
             case OpenRequested():

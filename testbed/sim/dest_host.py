@@ -24,7 +24,14 @@ from migration.errors import ProtocolError, RemoteProtocolError
 from migration.packing import unpack
 from migration.pages import PAGE_BYTES, pfns_of
 from testbed.sim import points
-from testbed.sim.errors import AgentGone, AgentRefused, CallRefused, ViolationError
+from testbed.sim.errors import (
+    AgentGone,
+    AgentRefused,
+    CallRefused,
+    JournalFull,
+    JournalRefused,
+    ViolationError,
+)
 from testbed.sim.guest import State
 from testbed.sim.plants import Plant
 from testbed.sim.ram import SimRam
@@ -60,6 +67,7 @@ class SimIntake:
         self._integrity = "full"
         self._prepare: Prepare | None = None
         self._restored = False
+        self._unrecorded = ""  # why the journal did not take what the event at hand asked for
         self._silence: object = None
         self._silence_ms = SILENCE_MS
         self._reply = do.Reply(told.Answer.UNKNOWN)
@@ -72,7 +80,7 @@ class SimIntake:
         """Reserve zeroed memory, or go on with what there is."""
         key, memory_bytes, link_timeout_ms = order.key, pages * PAGE_BYTES, order.limits.link_timeout_ms
         if resume:
-            self._drive(told.OpenRequested(key, memory_bytes, resume=True))
+            self._call(told.OpenRequested(key, memory_bytes, resume=True))
             if self.receiver is None:
                 raise RemoteProtocolError(f"attempt {key} was aborted: {self.machine.abort_reason}")
             return self._opened()
@@ -85,7 +93,7 @@ class SimIntake:
         idle = self.receiver is None or not self.receiver.streaming
         self._fresh = (SimRam(pages), order.streams)
         try:
-            self._drive(told.OpenRequested(key, memory_bytes, idle, link_timeout_ms=link_timeout_ms))
+            self._call(told.OpenRequested(key, memory_bytes, idle, link_timeout_ms=link_timeout_ms))
         finally:
             self._fresh = None
         self._integrity = order.integrity
@@ -104,7 +112,7 @@ class SimIntake:
                 raise RemoteProtocolError("Prepare names another incarnation of this memory")
             if self.machine.phase in RESUMABLE_PHASES:
                 self._prepare = request
-        return self._drive(
+        return self._call(
             told.PrepareRequested(
                 request.key, request.incarnation, request.image_digest, request.chunks, request.rehearsal
             )
@@ -114,13 +122,13 @@ class SimIntake:
         """The decision."""
         if key != self.machine.key and (answer := self._outcomes.answer(key)) is not None:
             return answer
-        return self._drive(told.CommitRequested(key, digest))
+        return self._call(told.CommitRequested(key, digest))
 
     def abort(self, key: AttemptKey, reason: str) -> do.Reply:
         """The source gives up."""
         if key != self.machine.key and (answer := self._outcomes.answer(key)) is not None:
             return answer
-        return self._drive(told.AbortRequested(key, reason))
+        return self._call(told.AbortRequested(key, reason))
 
     def forget(self, key: AttemptKey) -> None:
         """The source knows the outcome."""
@@ -251,8 +259,15 @@ class SimIntake:
 
     # -- the machine ---------------------------------------------------------------------------
 
+    def _call(self, event: told.DestEvent) -> do.Reply:
+        """Drive it for a source that waits."""
+        reply = self._drive(event)
+        if self._unrecorded:
+            raise CallRefused(f"the journal cannot be written: {self._unrecorded}")
+        return reply
+
     def _drive(self, event: told.DestEvent) -> do.Reply:
-        self._reply = do.Reply(told.Answer.UNKNOWN)
+        self._reply, self._unrecorded = do.Reply(told.Answer.UNKNOWN), ""
         pending = self._handle(event)
         world = self.node.world
         while pending:
@@ -316,18 +331,26 @@ class SimIntake:
         self.receiver = PageReceiver(ram, key.attempt, streams=streams)  # type: ignore[arg-type]
         self.receiver.incarnation = self.node.next_incarnation()
 
-    def _record(self, command: do.RecordState) -> told.StateRecorded:
+    def _record(self, command: do.RecordState) -> told.StateRecorded | told.StateNotRecorded:
         journal, key, state = self.node.journal, command.key, command.state
-        if state is told.Recorded.RECEIVING:
-            journal.begin(key, "dest", state.value)
-        elif state is told.Recorded.PREPARED:
+        before = {told.Recorded.PREPARED: {"RECEIVING"}, told.Recorded.COMMITTED: {"PREPARED"}}
+        digest = None
+        if state is told.Recorded.PREPARED:
             assert self._prepare is not None, "PREPARED without a Prepare"
-            journal.move(key, "dest", {"RECEIVING"}, state.value, digest=self._prepare.image_digest)
-        elif state is told.Recorded.COMMITTED:
-            sync = self.node.world.plant is not Plant.COMMIT_NOT_DURABLE
-            journal.move(key, "dest", {"PREPARED"}, state.value, sync=sync)
-        else:
-            journal.move(key, "dest", {"RECEIVING", "PREPARED"}, state.value, detail=command.reason)
+            digest = self._prepare.image_digest
+        durable = (
+            state is not told.Recorded.COMMITTED or self.node.world.plant is not Plant.COMMIT_NOT_DURABLE
+        )
+        try:
+            if state is told.Recorded.RECEIVING:
+                journal.begin(key, "dest", state.value)
+            else:
+                expected = before.get(state, {"RECEIVING", "PREPARED"}) | {state.value}
+                reason = command.reason
+                journal.move(key, "dest", expected, state.value, digest=digest, detail=reason, sync=durable)
+        except (JournalFull, JournalRefused) as error:
+            self._unrecorded = str(error)
+            return told.StateNotRecorded(self._unrecorded)
         return told.StateRecorded(state)
 
     def _verify(self, digest: int, chunks: int) -> None:

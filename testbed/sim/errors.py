@@ -34,8 +34,20 @@ class JournalRefused(Exception):
     """A transition from a state that the attempt is not in."""
 
 
+class JournalFull(Exception):
+    """The journal could not be written; what was to be written may be there all the same."""
+
+
 class CallRefused(Exception):
     """The destination answered a call with no."""
 
 
-REFUSALS = (CallRefused, IntakeRefused, RemoteProtocolError, AgentRefused, AgentGone, JournalRefused)
+REFUSALS = (
+    CallRefused,
+    IntakeRefused,
+    RemoteProtocolError,
+    AgentRefused,
+    AgentGone,
+    JournalRefused,
+    JournalFull,
+)

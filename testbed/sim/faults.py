@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 REPEATED_NS = 100 * MS
 HOLD_NS = 40 * MS
+WRITTEN_ALL_THE_SAME = 0.3
 # The agent has said that it holds the image, and is not asked again before it must run it.
 BEYOND_RECALL = frozenset({DestPhase.CONFIRMING, DestPhase.RECORDING_COMMITTED, DestPhase.STARTING})
 
@@ -57,10 +58,15 @@ class Faults:
             "mute": lambda fault, host: self._for_a_while(host.agent, "mute", fault),
             "repeat": lambda fault, _host: self._repeat(fault.kind),
             "stick": lambda _fault, _host: self._stick(),
+            "fill": self._fill_journal,
             "overtake": lambda _fault, _host: self._overtake(),
             "cut": self._cut_agent_link,
             "restart": self._restart_device,
         }
+
+    def watch(self, host: Host) -> None:
+        """A start that fails is tried again."""
+        host.on_failed_start = lambda: self._start_again(host)
 
     def arm(self, fault: Fault) -> None:
         """Have it come when it is due."""
@@ -84,7 +90,7 @@ class Faults:
                 self._start_again(host)
             elif host.node.hung:
                 self._wake(host, host.node)
-            host.agent.mute = False
+            host.agent.mute = host.journal.full = False
             if host.node is not None:
                 host.node.refuses = host.node.writer_stuck = False
             self._reconnect(host)
@@ -205,6 +211,12 @@ class Faults:
         node = self._sim.source.node
         if node is not None and node.run is not None:
             node.run.hurry()
+
+    def _fill_journal(self, fault: Fault, host: Host) -> None:
+        journal = host.journal
+        journal.full = True
+        journal.written_when_full = lambda: self._dice.random() < WRITTEN_ALL_THE_SAME
+        self._later(fault, lambda: setattr(journal, "full", False))
 
     def _overtake(self) -> None:
         node = self._sim.source.node

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from testbed.sim.errors import JournalRefused
+from testbed.sim.errors import JournalFull, JournalRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -36,6 +36,8 @@ class SimJournal:
 
     def __init__(self, reach: Callable[[str], object]) -> None:
         self.holder: object = None
+        self.full = False  # it takes nothing from the destination's role
+        self.written_when_full: Callable[[], bool] = lambda: False  # whether a write that failed is there
         self._reach = reach
         self._rows: dict[tuple[AttemptKey, str], Entry] = {}
         self._durable: dict[tuple[AttemptKey, str], Entry] = {}
@@ -95,6 +97,13 @@ class SimJournal:
         self._rows = dict(self._durable)
 
     def _put(self, entry: Entry, *, sync: bool) -> None:
+        if (
+            self.full and entry.role == "dest"
+        ):  # a source without a journal ends its attempt: that is tested live
+            if self.written_when_full():
+                self._rows[entry.key, entry.role] = entry
+                self._durable = dict(self._rows)
+            raise JournalFull("database or disk is full")
         self._rows[entry.key, entry.role] = entry
         self._reach(f"{entry.role}.{entry.state}.written")
         if sync:

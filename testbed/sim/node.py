@@ -18,7 +18,7 @@ from source_node.packer import PackingOrder
 from source_node.recovery import given_away_by, to_take_up, turned_back
 from testbed.sim.balloon import SimBalloon
 from testbed.sim.dest_host import SimIntake
-from testbed.sim.errors import REFUSALS, AgentGone, AgentRefused, ViolationError
+from testbed.sim.errors import REFUSALS, AgentGone, AgentRefused, JournalFull, ViolationError
 from testbed.sim.guest import Agent, State
 from testbed.sim.journal import SimJournal
 from testbed.sim.network import Refusal
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from testbed.sim.world import World
 
 ATTACH_NS = 2 * MS
+RETRY_NS = 20 * MS
 BURNED_NS = 100 * MS
 
 
@@ -53,6 +54,7 @@ class Host:
         self.agent: Agent
         self.node: Node | None = None
         self.peer: Host
+        self.on_failed_start: Callable[[], None] = lambda: None
         self.starts = 0
         self.incarnations = 0
 
@@ -123,13 +125,22 @@ class Node(Process):
         self.world.after(0, self._recover_journal, self)
 
     def _recover_journal(self) -> None:
+        try:
+            self._close_unfinished()
+        except JournalFull as error:
+            self.world.say(self.name, f"cannot start: {error}")
+            self.host.kill_node()
+            self.world.after(RETRY_NS, self.host.on_failed_start)
+            return
+        self.serving = True
+        self.world.after(ATTACH_NS, self._attach, self)
+
+    def _close_unfinished(self) -> None:
         for entry in self.journal.unfinished("source"):
             if entry.state != "COMMITTING":
                 self.journal.move(entry.key, "source", {entry.state}, "ABORTED", detail="the node restarted")
                 self._burned.append(entry.key)
         self.intake.recover_journal()
-        self.serving = True
-        self.world.after(ATTACH_NS, self._attach, self)
 
     def _attach(self) -> None:
         agent = self.host.agent

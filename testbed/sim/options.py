@@ -154,6 +154,22 @@ RECIPES: tuple[tuple[Fault, ...], ...] = (
         Fault("reset connections", point="source.phase.PAUSING"),
         Fault("hold source node", point="source.phase.FINAL_HARVESTING"),
     ),
+    # A journal that does not take the decision, or the end of it.
+    (
+        Fault("reset connections", point="source.phase.SAVING", for_ms=0.05),
+        Fault("fill dest journal", point="dest.ConfirmGuest.after", for_ms=40.0),
+    ),
+    (
+        Fault("mute dest agent", point="dest.ConfirmGuest.before", for_ms=10.0),
+        Fault("fill dest journal", point="dest.DiscardImage.after", for_ms=30.0),
+        Fault("repeat Prepare", point="dest.DiscardImage.after", nth=2),
+    ),
+    (
+        Fault("stick a page writer", point="dest.VerifyImage.before"),
+        Fault("fill dest journal", point="dest.DiscardImage.after", for_ms=30.0),
+        Fault("repeat Prepare", point="source.ResumeGuest.after"),
+        Fault("repeat Abort", point="source.AbortDestination.after"),
+    ),
     # A rehearsal that is disturbed at its end.
     (Fault("cancel", point="source.phase.KEEPING_EVIDENCE"),),
     (Fault("cut source agent link", point="source.phase.KEEPING_EVIDENCE"),),
@@ -201,6 +217,7 @@ KINDS: dict[str, float] = {  # -> how often
     "repeat Abort": 0.7,
     "repeat Prepare": 0.7,
     "stick a page writer": 0.7,
+    "fill dest journal": 1.5,
     "cut source agent link": 1.0,
     "restart device": 0.7,
 }

@@ -113,6 +113,7 @@ class Simulation:
         world = self.world
         self.source.agent.boot()
         for host in self.hosts:
+            self.faults.watch(host)
             self.start_node(host)
         world.after(self._dice.randrange(4, 12) * MS, self._ask)
         for fault in self.options.faults:
