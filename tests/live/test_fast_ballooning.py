@@ -11,6 +11,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
@@ -429,7 +430,8 @@ def test_compaction_moves_ballooned_pages_new_place_first_and_each_on_its_queue(
     with guest.gate:
         head = guest.buddy.alloc(9, kind=FrameKind.ANON, owner=1)
     after = set(guest.frames.pfns_of_kind(FrameKind.BALLOON).tolist())
-    assert order == ["inflate", "deflate", "inflate", "deflate"], "256 pages at a time, the new place first"
+    turns = [queue for queue, _ in groupby(order)]  # the device may take one batch in several passes
+    assert turns == ["inflate", "deflate", "inflate", "deflate"], "256 pages at a time, the new place first"
     if sg:
         assert {pfn for pfn, _ in spies["inflate"].buffers} == after - before
         assert {pfn for pfn, _ in spies["deflate"].buffers} == before - after
