@@ -28,14 +28,14 @@ from testbed.hosts.engine import connect
 from testbed.hosts.execution import Execution, run
 from testbed.hosts.image import ensure
 from testbed.interrupt import Interrupt
-from testbed.record import RunRecord, load
-from testbed.run import conclude, record_run
-from testbed.scenario_file import parse
+from testbed.record.run_record import RunRecord, load
+from testbed.run.runner import conclude, record_run
+from testbed.scenario.file import parse
 
 if TYPE_CHECKING:
-    from testbed.hosts.port import Hosts
-    from testbed.result import Result
-    from testbed.session import Session
+    from testbed.host_handles import Hosts
+    from testbed.report.result import Result
+    from testbed.run.session import Session
 
 GUEST: Final = """
 [guest]

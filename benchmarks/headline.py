@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING, Any
 from common import Series, machine_line, print_json, print_table
 
 from testbed.interrupt import Interrupt
-from testbed.run import conclude, record_run
-from testbed.scenario import Scenario
+from testbed.run.runner import conclude, record_run
+from testbed.scenario.document import Scenario
 from testbed.units import parse_bytes
 
 if TYPE_CHECKING:
     from testbed.history import Event
-    from testbed.result import Result
-    from testbed.session import Session
+    from testbed.report.result import Result
+    from testbed.run.session import Session
 
 LEGACY, HINTED = "zero", "both"
 WRITTEN = 0.92  # of memory: the most that a scenario gives to its workloads

@@ -4,7 +4,7 @@ Rule 1: the wire is the interfaces of this host's own network namespace where it
         of the very connections (TCP_INFO) where the peer is reached by the loopback or by a shared network.
 Rule 2: counting begins before the first byte of the attempt and is sampled at round ends; what an interface or a
         connection counted until it went is kept (host/interfaces.py, host/wire.py).
-Rule 3: nothing is reconciled here: the framing model is the judge's (testbed/framing.py).
+Rule 3: nothing is reconciled here: the framing model is the judge's (testbed/analysis/framing.py).
 """
 
 from __future__ import annotations

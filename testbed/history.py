@@ -1,7 +1,7 @@
 """The one history of a run: what both nodes said and what the testbed did, as it happens.
 
 Rule 1: an event is a fact with the time at which its origin saw it; it is on disk before anyone acts on it.
-Rule 2: arrival order is the order of the file; readers sort by time (record.py).
+Rule 2: arrival order is the order of the file; readers sort by time (record/run_record.py).
 Rule 3: whoever waits, waits for a fact in the history with a deadline, never for time to pass.
 Rule 4: `record` may be called from any thread and from a signal handler.
 """

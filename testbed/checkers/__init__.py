@@ -26,13 +26,13 @@ from testbed.checkers import (
     rounds,
     session_end,
 )
-from testbed.leg_views import legs_of
-from testbed.verdict import Finding, Verdict, unknown, worst
+from testbed.checkers.verdict import Finding, Verdict, unknown, worst
+from testbed.record.leg_views import legs_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from testbed.record import RunRecord
+    from testbed.record.run_record import RunRecord
 
 CHECKERS: Final[Mapping[str, Callable[[RunRecord], Finding]]] = {
     "memory": memory.check,

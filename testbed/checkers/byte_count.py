@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from testbed.account import account_of
-from testbed.verdict import Finding, unknown, valid
+from testbed.analysis.account import account_of
+from testbed.checkers.verdict import Finding, unknown, valid
 
 if TYPE_CHECKING:
-    from testbed.record import RunRecord
+    from testbed.record.run_record import RunRecord
 
 
 def check(record: RunRecord) -> Finding:

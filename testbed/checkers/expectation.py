@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from testbed.verdict import Finding, Verdict, invalid, valid
+from testbed.checkers.verdict import Finding, Verdict, invalid, valid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from testbed.record import RunRecord
+    from testbed.record.run_record import RunRecord
 
 
 CORRUPTION: Final = "corruption"

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from testbed.verdict import Finding, unknown, valid
+from testbed.checkers.verdict import Finding, unknown, valid
 
 if TYPE_CHECKING:
-    from testbed.record import RunRecord
+    from testbed.record.run_record import RunRecord
 
 
 def check(record: RunRecord) -> Finding:

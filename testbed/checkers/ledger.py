@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from testbed.verdict import Finding, invalid, unknown, valid
+from testbed.checkers.verdict import Finding, invalid, unknown, valid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from testbed.record import RunRecord
+    from testbed.record.run_record import RunRecord
 
 TOTALS = ("hinted_pages", "skipped_pages", "late_pages", "absent_pages", "redirtied_pages")
 

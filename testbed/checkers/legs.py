@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from testbed.leg_views import legs_of
-from testbed.verdict import Finding, invalid, valid
+from testbed.checkers.verdict import Finding, invalid, valid
+from testbed.record.leg_views import legs_of
 
 if TYPE_CHECKING:
-    from testbed.record import RunRecord
+    from testbed.record.run_record import RunRecord
 
 
 def check(record: RunRecord) -> Finding:

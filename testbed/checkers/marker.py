@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from testbed.verdict import Finding, invalid, unknown, valid
+from testbed.checkers.verdict import Finding, invalid, unknown, valid
 
 if TYPE_CHECKING:
-    from testbed.record import RunRecord
+    from testbed.record.run_record import RunRecord
 
 NEVER_SENT: Final = 0
 FRAME_USED: Final = 0

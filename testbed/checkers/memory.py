@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import xxhash
 
+from testbed.checkers.verdict import Finding, invalid, unknown, valid
 from testbed.units import PAGE_BYTES
-from testbed.verdict import Finding, invalid, unknown, valid
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from testbed.record import RunRecord
+    from testbed.record.run_record import RunRecord
 
 FRAME_USED: Final = 0  # 1 free, 3 held by the hint driver
 FRAME_BALLOONED: Final = 2

@@ -13,14 +13,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from guest_agent.oracle import expectations
-from testbed.verdict import Finding, Verdict, invalid, unknown, valid
+from testbed.checkers.verdict import Finding, Verdict, invalid, unknown, valid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from testbed.history import Event
-    from testbed.record import RunRecord
-    from testbed.scenario import Scenario
+    from testbed.record.run_record import RunRecord
+    from testbed.scenario.document import Scenario
 
 ITEMS_SHOWN_MAX = 8  # a reason is one line
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from testbed.verdict import Finding, invalid, unknown, valid
+from testbed.checkers.verdict import Finding, invalid, unknown, valid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from testbed.beats import BeatArray
-    from testbed.record import RunRecord
+    from testbed.record.beats import BeatArray
+    from testbed.record.run_record import RunRecord
 
 RUNS_OR_COULD = ("running", "paused")  # states in which an agent holds a guest that may go on
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from testbed.checkers.verdict import Finding, invalid, unknown, valid
 from testbed.units import PAGE_BYTES
-from testbed.verdict import Finding, invalid, unknown, valid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from testbed.record import RunRecord
+    from testbed.record.run_record import RunRecord
 
 
 def check(record: RunRecord) -> Finding:

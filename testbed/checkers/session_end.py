@@ -13,13 +13,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from testbed.checkers.oracle import judged_answers
-from testbed.verdict import Finding, Verdict, invalid, unknown, valid
+from testbed.checkers.verdict import Finding, Verdict, invalid, unknown, valid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from testbed.history import Event
-    from testbed.record import RunRecord
+    from testbed.record.run_record import RunRecord
 
 STEPS: Final = ("leg_started", "leg_ended", "guest_resumed", "session_ends")
 

@@ -14,12 +14,12 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from testbed.checkers.verdict import Verdict
 from testbed.crashes.link import link_of
 from testbed.crashes.table import CANCELLED_AT, HEARD_AT, Cell
 from testbed.errors import RunBrokenError, TestbedError
-from testbed.run import FinishedRun, conclude, record_run
-from testbed.scenario_file import parse
-from testbed.verdict import Verdict
+from testbed.run.runner import FinishedRun, conclude, record_run
+from testbed.scenario.file import parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
     from testbed.crashes.link import Link
     from testbed.history import Event, Origin
-    from testbed.hosts.port import Host, HostProcess
+    from testbed.host_handles import Host, HostProcess
     from testbed.interrupt import Interrupt
-    from testbed.scenario import Scenario
-    from testbed.session import Session
+    from testbed.run.session import Session
+    from testbed.scenario.document import Scenario
 
 HOLD_MS: Final = 120_000  # a node waits so long for its crash; the strike comes within a second
 WAIT_S: Final = 30.0  # for what follows within a second, on a loaded machine in some

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, Self
 
+from testbed.crashes.relay import Relay
 from testbed.faults.fault import Applied, Target, apply, parse_fault, ports_of
 from testbed.hosts.local import LocalHost
-from testbed.relay import Relay
 
 if TYPE_CHECKING:
-    from testbed.hosts.port import Hosts
+    from testbed.host_handles import Hosts
 
 
 class Link(Protocol):

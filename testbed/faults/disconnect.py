@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from testbed.faults.fault import Target, Undo
     from testbed.history import Origin
-    from testbed.hosts.port import Host
+    from testbed.host_handles import Host
 
 
 class Disconnect(Fault):

@@ -21,13 +21,13 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from testbed.errors import UsageError
 from testbed.faults import namespace
 from testbed.faults.parameters import DurationMs, parse_moment
-from testbed.scenario_model import Model
+from testbed.strict_model import Model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from testbed.history import Origin
-    from testbed.hosts.port import Host
+    from testbed.host_handles import Host
 
 ENTRY_POINT_GROUP: Final = "ballast.faults"
 Scope: TypeAlias = Literal["network", "container", "process"]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from testbed.faults.fault import Direction, Port, Target, Undo
     from testbed.history import Origin
-    from testbed.hosts.port import Host
+    from testbed.host_handles import Host
 
 READY_S: Final = 20.0  # a Python process starts in a second, on a loaded machine in some
 END_S: Final = 5.0  # it lets its packets go and ends; then it is killed

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from testbed.faults.fault import Direction, Target, Undo
     from testbed.history import Origin
-    from testbed.hosts.port import Host
+    from testbed.host_handles import Host
 
 TAKEN = "taken"
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from testbed.history import Origin
-    from testbed.hosts.port import Host, HostContainer, HostProcess
+    from testbed.host_handles import Host, HostContainer, HostProcess
 
 What: TypeAlias = Literal["source_node", "dest_node", "guest_agent", "container"]
 NODES: Final[dict[str, Origin]] = {"source_node": "source", "dest_node": "dest"}

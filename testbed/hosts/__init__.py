@@ -1,1 +1,1 @@
-"""Where the hosts of a run live: one interface (port.py), processes of this machine (local.py) behind it."""
+"""Where the hosts of a run live, behind host_handles.py: processes (local.py), containers (docker_hosts.py)."""

@@ -10,13 +10,13 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from testbed.hosts.port import SHORT_NAMES
+from testbed.host_handles import SHORT_NAMES
 
 if TYPE_CHECKING:
     from pathlib import Path, PurePath
 
     from testbed.history import Origin
-    from testbed.scenario import Scenario
+    from testbed.scenario.document import Scenario
 
 ROLES: Final = ("source", "dest")
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from testbed.hosts.engine import Engine
-    from testbed.scenario import Scenario
+    from testbed.scenario.document import Scenario
 
 DEVICE: Final = Path("/dev/userfaultfd")
 OPEN_DEVICE: Final = f"[ ! -c {DEVICE} ] || chmod 0666 {DEVICE}"

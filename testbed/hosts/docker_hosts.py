@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Self
 
-from testbed.certificates import make_run_authority
 from testbed.errors import RunBrokenError
+from testbed.host_handles import SHORT_NAMES
 from testbed.hosts import labels, leftovers
+from testbed.hosts.certificates import make_run_authority
 from testbed.hosts.command_lines import Places, agent_arguments, node_arguments, write_workloads
 from testbed.hosts.container import DATA, TLS, RunContainer, inside_user
 from testbed.hosts.container_process import INSIDE, ContainerProcess
@@ -26,7 +27,6 @@ from testbed.hosts.docker_network import MIGRATION_PORT, RunNetwork
 from testbed.hosts.engine import Engine, connect
 from testbed.hosts.image import ensure
 from testbed.hosts.local import END_S, HURRY_S, SERVE_S
-from testbed.hosts.port import SHORT_NAMES
 from testbed.hosts.sharing import CopiedVolumes, SharedDirectories, Sharing
 from testbed.node_client import NodeClient
 from testbed.units import format_bytes
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
 
-    from testbed.certificates import PemFiles
     from testbed.history import History, Origin
+    from testbed.hosts.certificates import PemFiles
     from testbed.hosts.runtime_dir import RuntimeDir
     from testbed.interrupt import Interrupt
-    from testbed.run_dir import RunDir
-    from testbed.scenario import Scenario
+    from testbed.record.run_dir import RunDir
+    from testbed.scenario.document import Scenario
 
 
 @dataclass(slots=True)

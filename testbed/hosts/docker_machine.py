@@ -16,7 +16,7 @@ from testbed.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from testbed.scenario import Scenario
+    from testbed.scenario.document import Scenario
 
 
 def lacks(scenario: Scenario, *, needed_bytes: int, available_bytes: int) -> Iterator[str]:

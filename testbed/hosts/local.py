@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Final, Self
 import psutil
 
 from linux_guest.freezer import groups_named
-from testbed.certificates import make_run_authority
 from testbed.errors import RunBrokenError
+from testbed.host_handles import SHORT_NAMES
+from testbed.hosts.certificates import make_run_authority
 from testbed.hosts.command_lines import Places, agent_arguments, node_arguments, write_workloads
-from testbed.hosts.port import SHORT_NAMES, origins_of
 from testbed.hosts.process import OwnedProcess
 from testbed.node_client import NodeClient
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-    from testbed.certificates import PemFiles
     from testbed.history import History, Origin
+    from testbed.hosts.certificates import PemFiles
     from testbed.hosts.runtime_dir import RuntimeDir
     from testbed.interrupt import Interrupt
-    from testbed.run_dir import RunDir
-    from testbed.scenario import Scenario
+    from testbed.record.run_dir import RunDir
+    from testbed.scenario.document import Scenario
 
 RUN_LABEL: Final = "BALLAST_RUN"
 RUNTIME_LABEL: Final = "BALLAST_RUNTIME"
@@ -163,7 +163,7 @@ class LocalHosts:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            started = {origin: self._start(stack, origin) for origin in reversed(origins_of(self._scenario))}
+            started = {origin: self._start(stack, origin) for origin in reversed(self._scenario.origins)}
             for origin, (node, agent, client) in started.items():
                 self.hosts[origin] = self._wait_for(origin, node, agent, client)
             self._stack = stack.pop_all()

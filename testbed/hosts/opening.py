@@ -8,11 +8,11 @@ from testbed.hosts.local import LocalHosts
 
 if TYPE_CHECKING:
     from testbed.history import History
-    from testbed.hosts.port import Hosts
+    from testbed.host_handles import Hosts
     from testbed.hosts.runtime_dir import RuntimeDir
     from testbed.interrupt import Interrupt
-    from testbed.run_dir import RunDir
-    from testbed.scenario import Scenario
+    from testbed.record.run_dir import RunDir
+    from testbed.scenario.document import Scenario
 
 
 def open_hosts(

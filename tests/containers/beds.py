@@ -3,7 +3,7 @@
 Rule 1: the guest is tiny; what a test needs more of it says by overrides.
 """
 
-from testbed.clean import look
+from testbed.hosts.clean import look
 from testbed.hosts.leftovers import LeftObject
 from tests.live.runs import TINY, Bed, scenario
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from testbed.record import load
+from testbed.record.run_record import load
 from tests.containers.beds import objects_of, tiny
 from tests.live.commands import Commands
 from tests.live.runs import perform

@@ -8,7 +8,7 @@ import pytest
 
 from testbed.errors import RunBrokenError
 from testbed.hosts import execution, subnets
-from testbed.record import load
+from testbed.record.run_record import load
 from tests.containers.beds import tiny
 from tests.live.runs import perform, waited_for
 

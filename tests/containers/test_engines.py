@@ -16,7 +16,7 @@ from testbed.cli import app
 from testbed.errors import MachineCannotError, UsageError
 from testbed.hosts.engine import connect
 from testbed.hosts.image import base_of
-from testbed.record import load
+from testbed.record.run_record import load
 from tests.containers.beds import tiny
 from tests.live.runs import perform, waited_for
 

@@ -7,7 +7,7 @@ import pytest
 
 from testbed.faults.fault import Target, apply, healing_of, parse_fault, ports_of
 from testbed.hosts import execution
-from testbed.record import load
+from testbed.record.run_record import load
 from tests.containers.beds import tiny
 from tests.live.networks import Side, needs_namespaces
 from tests.live.runs import TINY, guest_is_whole, perform, waited_for

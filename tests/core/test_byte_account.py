@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from testbed.account import Account, Counts, explain
-from testbed.account_table import account_table
+from testbed.analysis.account import Account, Counts, explain
+from testbed.analysis.framing import FIXED_BYTES, TLS_OVERHEAD_BYTES, TLS_RECORD_BYTES
 from testbed.checkers import byte_count
-from testbed.framing import FIXED_BYTES, TLS_OVERHEAD_BYTES, TLS_RECORD_BYTES
-from testbed.record import load
-from testbed.testing import SyntheticRun
-from testbed.verdict import Verdict
+from testbed.checkers.verdict import Verdict
+from testbed.record.run_record import load
+from testbed.record.testing import SyntheticRun
+from testbed.report.account_table import account_table
 from tests.core.test_testbed_checkers import drop, edit_fields
 
 # 1000 data pages in 4 messages of 16 + 4104 per page, and 800 bytes of control calls.

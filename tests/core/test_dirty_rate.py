@@ -14,9 +14,9 @@ from host.guest_memory import HostRam
 from migration.page_bits import PageBits
 from migration.pages import PAGE_BYTES
 from migration.pb import node_pb2
-from testbed.dirty_rate import dirty_rate_report, foreseen, parsed_period_ms, parsed_rate
 from testbed.errors import UsageError
-from testbed.scenario import Scenario
+from testbed.experiments.dirty_rate import dirty_rate_report, foreseen, parsed_period_ms, parsed_rate
+from testbed.scenario.document import Scenario
 
 PAGES = 64
 

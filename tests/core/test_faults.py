@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from testbed.checkers import faults as checker
 from testbed.errors import RunBrokenError, UsageError
-from testbed.fault_keys import KINDS, restarted
 from testbed.faults import nft, qdisc, rate
 from testbed.faults.errors import FaultError
 from testbed.faults.fault import Fault, Port, Target, apply, healing_of, kinds, parse_fault
@@ -23,10 +22,11 @@ from testbed.faults.loss import gilbert_elliott
 from testbed.faults.packet_handler import corrupted
 from testbed.faults.parameters import moment_ms, parse_moment, parse_share
 from testbed.faults.rules import chosen
-from testbed.faults.schedule import Schedule
 from testbed.history import Event, History
-from testbed.link_keys import Link
-from testbed.scenario_file import parse
+from testbed.run.fault_schedule import Schedule
+from testbed.scenario.fault_keys import KINDS, restarted
+from testbed.scenario.file import parse
+from testbed.scenario.link_keys import Link
 
 ROOT = Path(__file__).resolve().parents[2]
 GUEST = '[guest]\nmemory = "64MiB"\n'

@@ -25,6 +25,11 @@ MAY_IMPORT = {
     "dest_node": {"host", "migration", "virtio"},
     "testbed": {"source_node", "dest_node", "guest_agent", "linux_guest", "host", "migration", "virtio"},
 }
+# Inside the testbed a package imports only what stands before it; what lies in testbed/ itself is everybody's.
+TESTBED_FLOORS = (
+    *("faults", "scenario", "record", "analysis", "checkers", "hosts", "machine", "report", "run"),
+    *("crashes", "standing", "experiments", "sim", "cli"),
+)
 CORES = ("virtio", "migration")
 GENERATED = ROOT / "migration" / "pb"
 
@@ -118,6 +123,27 @@ def test_the_arrows_have_no_circle() -> None:
             assert MAY_IMPORT[lower] <= below, f"{package} -> {lower}: arrows are listed to the bottom"
 
 
+def floor_of(parts: tuple[str, ...]) -> int:
+    """Of a module of the testbed, by the names after `testbed`: 0 for what lies in testbed/ itself."""
+    return 1 + TESTBED_FLOORS.index(parts[0]) if parts and parts[0] in TESTBED_FLOORS else 0
+
+
+@pytest.mark.parametrize("path", modules_of("testbed"), ids=named)
+def test_the_testbeds_packages_stand_on_each_other(path: Path) -> None:
+    inside = path.relative_to(ROOT / "testbed").parts
+    assert len(inside) == 1 or inside[0] in TESTBED_FLOORS, f"say in TESTBED_FLOORS where {inside[0]} stands"
+    if path.name == "__main__.py":
+        return  # it only calls the command
+    names = imports_of(parsed(path))
+    assert "testbed" not in names, "the package is named in the import, so that this test reads it right"
+    above = {
+        name
+        for name in names
+        if name.startswith("testbed.") and floor_of(tuple(name.split(".")[1:])) > floor_of(inside)
+    }
+    assert not above, f"{named(path)} must not import {sorted(above)}"
+
+
 @pytest.mark.parametrize("path", CORE_MODULES, ids=named)
 def test_cores_are_sans_io(path: Path) -> None:
     tree = parsed(path)
@@ -176,7 +202,7 @@ def test_every_module_says_what_it_is(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scenarios").glob("*.toml")), ids=named)
 def test_every_scenario_file_loads(path: Path) -> None:
-    from testbed.scenario_file import load  # noqa: PLC0415 - only this test needs the testbed
+    from testbed.scenario.file import load  # noqa: PLC0415 - only this test needs the testbed
 
     scenario = load(path)
     assert scenario.name == path.stem

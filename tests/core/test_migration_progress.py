@@ -8,7 +8,7 @@ from migration.model import Conditions, Costs, DirtyCurve
 from migration.pages import PAGE_BYTES
 from migration.progress import Standing, outlook
 from migration.rounds import Limits
-from testbed.progress import _outlook
+from testbed.run.progress import _outlook
 
 RATE = 1000 * PAGE_BYTES  # 1000 pages a second
 CONDITIONS = Conditions(RATE, Limits(downtime_limit_ms=100, timeout_ms=1e9), Costs(0, 0, 20))

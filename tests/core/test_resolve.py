@@ -4,7 +4,7 @@ import pytest
 
 from host.journal import Entry, Journal, read_entries
 from migration.identity import AttemptKey
-from testbed.resolve import ResolveRefusedError, Ruling, of_dead_dest, of_dead_source
+from testbed.standing.resolve import ResolveRefusedError, Ruling, of_dead_dest, of_dead_source
 
 KEY = AttemptKey("m", 1, 1)
 SOURCE_STATES = (None, "STARTED", "COMMITTING", "COMPLETED", "ABORTED")

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 
 from testbed.checkers import session_end
+from testbed.checkers.verdict import Verdict
 from testbed.errors import RunBrokenError
 from testbed.history import Event, History
-from testbed.record import RunRecord
-from testbed.run_dir import RunDir
-from testbed.scenario_file import parse
-from testbed.session import Session
-from testbed.verdict import Verdict
+from testbed.record.run_dir import RunDir
+from testbed.record.run_record import RunRecord
+from testbed.run.session import Session
+from testbed.scenario.file import parse
 
 WELL = {"ok": True, "problems": [], "checked_items": 9, "expected_items": 9}
 LEG = [("leg_started", {"leg": 1}), ("guest_checked", {"host": "dest", **WELL}),

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from testbed import soak as soaking
 from testbed.cli import app
 from testbed.crashes.cell import CellRun
 from testbed.crashes.table import CELLS, cell_named
+from testbed.experiments import soak as soaking
+from testbed.experiments.soak import draw_one, matrix, of_cell, soak
 from testbed.interrupt import Interrupt
-from testbed.run_dir import create
-from testbed.soak import draw_one, matrix, of_cell, soak
+from testbed.record.run_dir import create
 
 
 @pytest.mark.parametrize("hosts", ["local", "docker"])

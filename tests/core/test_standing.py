@@ -8,15 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from testbed import keeper, standing
-from testbed.by_hand import ByHand
 from testbed.errors import MachineCannotError, RunBrokenError, UsageError
 from testbed.history import Event
 from testbed.hosts import runtime_dir
-from testbed.keeper import Voice
-from testbed.run_dir import RunDir
-from testbed.scenario_file import parse
-from testbed.standing import StandingSession
+from testbed.record.run_dir import RunDir
+from testbed.scenario.file import parse
+from testbed.standing import keeper, sessions
+from testbed.standing.by_hand import ByHand
+from testbed.standing.keeper import Voice
+from testbed.standing.sessions import StandingSession
 
 SCENARIO = """
 name = "by-hand"
@@ -45,14 +45,14 @@ def stand(runtimes, run, started_ns):
 def test_the_newest_live_session_is_meant_unless_one_is_named(runtimes):
     older, keep_older = stand(runtimes, "0000000a", 1)
     newer, keep_newer = stand(runtimes, "0000000b", 2)
-    assert standing.choose(None) == newer
-    assert standing.choose(older.run_dir) == older
-    assert standing.choose(older.runtime) == older
+    assert sessions.choose(None) == newer
+    assert sessions.choose(older.run_dir) == older
+    assert sessions.choose(older.runtime) == older
     keep_newer.remove()
-    assert standing.choose(None) == older
+    assert sessions.choose(None) == older
     keep_older.remove()
     with pytest.raises(UsageError, match="no session stands: `ballast up"):
-        standing.choose(None)
+        sessions.choose(None)
 
 
 def test_a_session_whose_keeper_died_is_told_with_what_to_do(runtimes, monkeypatch):
@@ -60,7 +60,7 @@ def test_a_session_whose_keeper_died_is_told_with_what_to_do(runtimes, monkeypat
     monkeypatch.setattr(runtime_dir, "is_dead", lambda _: True)
     for wanted in (dead.run_dir, None):
         with pytest.raises(UsageError, match="has died: `ballast clean`"):
-            standing.choose(wanted)
+            sessions.choose(wanted)
 
 
 def test_a_session_that_has_ended_is_a_record(runtimes):
@@ -68,15 +68,15 @@ def test_a_session_that_has_ended_is_a_record(runtimes):
     ended.mkdir()
     (ended / "verdict.json").write_text("{}")
     with pytest.raises(UsageError, match="has ended; `ballast check"):
-        standing.choose(ended)
+        sessions.choose(ended)
     with pytest.raises(UsageError, match="is no standing session's run directory"):
-        standing.choose(runtimes)
+        sessions.choose(runtimes)
 
 
 @pytest.mark.usefixtures("runtimes")
 def test_a_run_is_no_session():
     run = runtime_dir.RuntimeDir("0000000c")
-    assert standing.sessions() == []
+    assert sessions.remembered() == []
     run.remove()
 
 
@@ -87,19 +87,19 @@ def lines(*documents):
 def test_events_come_before_the_answer():
     told = {"at_ns": 1, "origin": "source", "name": "round_started", "fields": {"round": 1}}
     seen = []
-    assert standing.read_answer(lines({"event": told}, {"answer": {"leg": 1}}), seen.append) == {"leg": 1}
+    assert sessions.read_answer(lines({"event": told}, {"answer": {"leg": 1}}), seen.append) == {"leg": 1}
     assert [event.name for event in seen] == ["round_started"]
 
 
 @pytest.mark.parametrize(("code", "kind"), [(1, RunBrokenError), (2, UsageError), (3, MachineCannotError)])
 def test_a_refusal_keeps_its_exit_code(code, kind):
     with pytest.raises(kind, match="as said"):
-        standing.read_answer(lines({"problems": ["as said"], "exit_code": code}), lambda _: None)
+        sessions.read_answer(lines({"problems": ["as said"], "exit_code": code}), lambda _: None)
 
 
 def test_a_keeper_that_goes_without_an_answer_is_told():
-    with pytest.raises(standing.KeeperGoneError, match="ballast clean"):
-        standing.read_answer(lines(), lambda _: None)
+    with pytest.raises(sessions.KeeperGoneError, match="ballast clean"):
+        sessions.read_answer(lines(), lambda _: None)
 
 
 def test_a_listener_who_went_away_disturbs_nobody():
@@ -129,7 +129,7 @@ def test_a_listener_who_was_stopped_holds_nobody_up_and_finds_everything_when_he
     voice.close()
     seen = []
     with theirs, theirs.makefile("r") as stream:
-        assert standing.read_answer(stream, seen.append) == {"leg": 1}
+        assert sessions.read_answer(stream, seen.append) == {"leg": 1}
     assert [event.at_ns for event in seen] == list(range(4000))
 
 

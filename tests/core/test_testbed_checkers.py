@@ -1,6 +1,6 @@
 """The checkers catch what they are for, and say valid where nothing is wrong.
 
-Each fault below goes wrong inside a small real pre-copy (testbed/testing.py); the evidence is computed from
+Each fault below goes wrong inside a small real pre-copy (testbed/record/testing.py); the evidence is computed from
 the memory that results.
 """
 
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from testbed.checkers import CHECKERS, judge
-from testbed.record import load
-from testbed.result import build
-from testbed.testing import FREED, PAGES, STORE, SyntheticRun
-from testbed.verdict import Verdict, valid
+from testbed.checkers.verdict import Verdict, valid
+from testbed.record.run_record import load
+from testbed.record.testing import FREED, PAGES, STORE, SyntheticRun
+from testbed.report.result import build
 
 
 def judged(run):

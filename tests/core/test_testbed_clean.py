@@ -8,10 +8,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from testbed.clean import LeftProcess, find, remove
 from testbed.cli import app
 from testbed.errors import MachineCannotError
 from testbed.hosts import runtime_dir
+from testbed.hosts.clean import LeftProcess, find, remove
 from testbed.hosts.local import RUN_LABEL, RUNTIME_LABEL
 from testbed.hosts.runtime_dir import RuntimeDir
 

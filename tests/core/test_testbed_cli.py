@@ -7,13 +7,13 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from testbed import machine
-from testbed.checkup import Checkup
 from testbed.cli import app
-from testbed.doctor import examine, fit
 from testbed.errors import MachineCannotError
-from testbed.scenario_file import parse
-from testbed.testing import SyntheticRun
+from testbed.machine import capabilities
+from testbed.machine.checkup import Checkup
+from testbed.machine.doctor import examine, fit
+from testbed.record.testing import SyntheticRun
+from testbed.scenario.file import parse
 
 runner = CliRunner()
 
@@ -113,7 +113,7 @@ def test_usage_is_2(scenario, tmp_path, arguments):
 
 @pytest.mark.usefixtures("nothing_starts")
 def test_a_guest_larger_than_the_machine_is_3_and_leaves_nothing(scenario, tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "probe_tracker", lambda: "")
+    monkeypatch.setattr(capabilities, "probe_tracker", lambda: "")
     out = tmp_path / "runs"
     result = invoke("run", scenario, "--set", "guest.memory=1TiB", "--out", out)
     assert result.exit_code == 3
@@ -123,7 +123,7 @@ def test_a_guest_larger_than_the_machine_is_3_and_leaves_nothing(scenario, tmp_p
 
 @pytest.mark.usefixtures("nothing_starts")
 def test_a_kernel_without_tracking_is_3_and_names_the_way_out(scenario, tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "probe_tracker", lambda: "pagemap has no PAGEMAP_SCAN")
+    monkeypatch.setattr(capabilities, "probe_tracker", lambda: "pagemap has no PAGEMAP_SCAN")
     result = invoke("run", scenario, "--out", tmp_path / "runs")
     assert result.exit_code == 3
     assert "pagemap has no PAGEMAP_SCAN" in result.stderr
@@ -132,11 +132,11 @@ def test_a_kernel_without_tracking_is_3_and_names_the_way_out(scenario, tmp_path
 
 
 def test_without_hints_a_kernel_without_tracking_will_do(monkeypatch):
-    monkeypatch.setattr(machine, "probe_tracker", lambda: "no")
+    monkeypatch.setattr(capabilities, "probe_tracker", lambda: "no")
     text = '[guest]\nmemory = "16MiB"\n[migration]\nskip = "zero"\n'
-    assert list(machine.lacks(parse(text, default_name="x"))) == []
+    assert list(capabilities.lacks(parse(text, default_name="x"))) == []
     with pytest.raises(MachineCannotError):
-        machine.require(parse(text, default_name="x", overrides=["migration.tracker=uffd"]))
+        capabilities.require(parse(text, default_name="x", overrides=["migration.tracker=uffd"]))
 
 
 def test_doctor_examines_this_machine():
@@ -152,13 +152,13 @@ def test_doctor_examines_this_machine():
 
 
 def test_doctor_says_what_a_lack_means(monkeypatch):
-    monkeypatch.setattr(machine, "probe_tracker", lambda: "userfaultfd cannot be opened")
+    monkeypatch.setattr(capabilities, "probe_tracker", lambda: "userfaultfd cannot be opened")
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
     result = invoke("doctor")
     assert result.exit_code == 0, "hash tracking still works"
     assert "userfaultfd cannot be opened" in result.stdout
     assert "apt-get install docker.io" in " ".join(result.stdout.split())
-    monkeypatch.setattr(machine, "probe_memfd", lambda: "memfd_create: not permitted")
+    monkeypatch.setattr(capabilities, "probe_memfd", lambda: "memfd_create: not permitted")
     assert invoke("doctor").exit_code == 3
 
 

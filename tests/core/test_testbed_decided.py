@@ -4,14 +4,14 @@ import json
 
 import pytest
 
+from testbed.analysis.decided import worth_another_attempt
 from testbed.checkers import judge
-from testbed.decided import worth_another_attempt
+from testbed.checkers.verdict import Verdict
 from testbed.history import Event
-from testbed.migration_keys import Migration, migrate_request
-from testbed.record import load
-from testbed.result import build
-from testbed.testing import SyntheticRun
-from testbed.verdict import Verdict
+from testbed.record.run_record import load
+from testbed.record.testing import SyntheticRun
+from testbed.report.result import build
+from testbed.scenario.migration_keys import Migration, migrate_request
 from tests.core.test_testbed_scenario import GOOD, problems_of
 
 

@@ -4,10 +4,10 @@ import pytest
 
 from testbed.errors import UsageError
 from testbed.history import Event
-from testbed.leg_views import _renamed
-from testbed.record import RunRecord
-from testbed.scenario import Scenario
-from testbed.scenario_file import parse
+from testbed.record.leg_views import _renamed
+from testbed.record.run_record import RunRecord
+from testbed.scenario.document import Scenario
+from testbed.scenario.file import parse
 
 GUEST = '[guest]\nmemory = "32MiB"\n'
 THERE_AND_BACK = '[[leg]]\nto = "b"\n[[leg]]\nto = "a"\nskip = "zero"\n[[leg]]\nto = "c"\nsettle = "50ms"\n'

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from linux_guest import probe
-from testbed import machine
 from testbed.checkers import marker
+from testbed.checkers.verdict import Verdict
 from testbed.errors import MachineCannotError, UsageError
-from testbed.scenario_file import parse
-from testbed.verdict import Verdict
+from testbed.machine import capabilities
+from testbed.scenario.file import parse
 
 LINUX = """
 expect = "rehearsal"
@@ -76,7 +76,7 @@ def test_a_machine_without_the_packages_is_refused_before_anything_starts(monkey
     monkeypatch.setattr(probe, "programs", lambda: "apt-get install user-mode-linux busybox-static")
     monkeypatch.setattr(probe, "freezing", lambda: "no cgroup freezer")
     with pytest.raises(MachineCannotError) as caught:
-        machine.require(linux())
+        capabilities.require(linux())
     assert caught.value.exit_code == 3
     assert list(caught.value.problems) == [
         "apt-get install user-mode-linux busybox-static",
@@ -85,10 +85,10 @@ def test_a_machine_without_the_packages_is_refused_before_anything_starts(monkey
 
 
 def test_the_kernels_tracking_is_not_needed_for_a_guest_that_stays(monkeypatch):
-    monkeypatch.setattr(machine, "probe_tracker", lambda: "no userfaultfd")
+    monkeypatch.setattr(capabilities, "probe_tracker", lambda: "no userfaultfd")
     for name in ("programs", "namespace", "freezing"):
         monkeypatch.setattr(probe, name, lambda: "")
-    machine.require(linux())
+    capabilities.require(linux())
 
 
 # --- markers ---------------------------------------------------------------------------------------

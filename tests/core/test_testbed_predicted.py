@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from migration.rounds import Limits
-from testbed.migration_keys import Migration, Throttle
-from testbed.predicted import comparison_line, limits_of, predicted
+from testbed.analysis.predicted import comparison_line, limits_of, predicted
+from testbed.scenario.migration_keys import Migration, Throttle
 
 FIRST = {
     "round": 1, "sent_pages": 20_000, "dirtied_pages": 4000, "duration_ms": 800.0, "payload_bytes": 20_000 * 4096,

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from guest_agent.oracle import ORACLE_RECORD, expectations
-from testbed import run_dir as run_dirs
-from testbed.beats import BEAT, blackout_ns, read_beats
 from testbed.errors import RecordError
 from testbed.history import History
-from testbed.oracle_log import last_versions, read_logs
-from testbed.record import load
-from testbed.testing import SyntheticRun
+from testbed.record import run_dir as run_dirs
+from testbed.record.beats import BEAT, blackout_ns, read_beats
+from testbed.record.oracle_log import last_versions, read_logs
+from testbed.record.run_record import load
+from testbed.record.testing import SyntheticRun
 
 
 def test_a_run_directory_is_never_shared_or_overwritten(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 
 from guest_agent.balloon_options import BalloonOptions
 from testbed.errors import UsageError
-from testbed.scenario import Freed, Scenario
-from testbed.scenario_file import load, parse, parse_value, varied_name
+from testbed.scenario.document import Freed, Scenario
+from testbed.scenario.file import load, parse, parse_value, varied_name
 from testbed.units import (
     format_bytes,
     format_ms,

@@ -14,14 +14,14 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from migration.pb import node_pb2, node_pb2_grpc
-from testbed import session as sessions
 from testbed.errors import InterruptedRunError, RunBrokenError
 from testbed.history import History
 from testbed.interrupt import Interrupt
 from testbed.node_client import NodeClient, parse_fields
-from testbed.run_dir import create
-from testbed.scenario_file import parse
-from testbed.session import Session
+from testbed.record.run_dir import create
+from testbed.run import session as sessions
+from testbed.run.session import Session
+from testbed.scenario.file import parse
 
 TEXT = '[guest]\nmemory = "16MiB"\n[run]\nsettle = "0ms"\nrun_on = "50ms"\n'
 

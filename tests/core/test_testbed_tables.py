@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from testbed.checkers import judge
-from testbed.compare import FIGURES, Figure, summarise
 from testbed.history import Event
-from testbed.progress import Speedometer, TerminalLines
-from testbed.record import load
-from testbed.result import build
-from testbed.tables import compare_table, demo_table, findings_table, run_report, savings
-from testbed.testing import SyntheticRun
+from testbed.record.run_record import load
+from testbed.record.testing import SyntheticRun
+from testbed.report.comparison import FIGURES, Figure, summarise
+from testbed.report.result import build
+from testbed.report.tables import compare_table, demo_table, findings_table, run_report, savings
+from testbed.run.progress import Speedometer, TerminalLines
 
 
 @pytest.fixture(scope="module")

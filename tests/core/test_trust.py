@@ -12,7 +12,7 @@ from host import peer_credentials as host_side
 from host.agent_link import AgentLink
 from host.errors import AgentLost
 from host.tls import OnlyFrom, Trust, TrustError, is_loopback
-from testbed.certificates import make_run_authority
+from testbed.hosts.certificates import make_run_authority
 
 
 @pytest.fixture

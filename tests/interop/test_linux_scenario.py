@@ -20,8 +20,8 @@ from linux_guest.freezer import FreezerGroup, _places, groups_named
 from linux_guest.ram_file import RamFile
 from linux_guest.uml import LinuxGuest
 from testbed.checkers import judge
-from testbed.record import load
-from testbed.verdict import Verdict
+from testbed.checkers.verdict import Verdict
+from testbed.record.run_record import load
 from tests.interop.stock_guest import PAGE_BYTES, needs_linux, wait_until
 
 NO_FREEZER = probe.freezing()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from testbed import run
 from testbed.hosts import local
+from testbed.run import runner
 
 SUBNET = "198.18.254"
 ADDRESSES = {"source": f"{SUBNET}.1", "dest": f"{SUBNET}.2"}
@@ -111,4 +111,4 @@ def live_in(joined, monkeypatch):
     def open_hosts(scenario, run_id, **parts):
         return NamespacedHosts(scenario, run_id, **parts)
 
-    monkeypatch.setattr(run, "open_hosts", open_hosts)
+    monkeypatch.setattr(runner, "open_hosts", open_hosts)

@@ -1,7 +1,7 @@
 """The link of a test's run: the testbed's relay, in place of the destination's address."""
 
+from testbed.crashes.relay import Relay as PlainRelay
 from testbed.node_client import NodeClient
-from testbed.relay import Relay as PlainRelay
 
 
 class Relay(PlainRelay):

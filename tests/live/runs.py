@@ -26,11 +26,11 @@ from testbed.hosts.opening import open_hosts
 from testbed.hosts.runtime_dir import RuntimeDir
 from testbed.interrupt import Interrupt
 from testbed.node_client import NodeClient
-from testbed.oracle_log import last_versions, read_logs
-from testbed.record import load
-from testbed.run import FinishedRun, run_scenario
-from testbed.run_dir import create, write_json
-from testbed.scenario_file import parse
+from testbed.record.oracle_log import last_versions, read_logs
+from testbed.record.run_dir import create, write_json
+from testbed.record.run_record import load
+from testbed.run.runner import FinishedRun, run_scenario
+from testbed.scenario.file import parse
 
 MISCHIEF = Path(__file__).with_name("mischief")
 WAIT_S = 30.0

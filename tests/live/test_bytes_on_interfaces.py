@@ -2,7 +2,7 @@
 
 import pytest
 
-from testbed.record import load
+from testbed.record.run_record import load
 from tests.live.namespaced_hosts import live_in, needs_namespaces, network
 from tests.live.runs import TINY, WRITER, perform, scenario
 

@@ -8,9 +8,9 @@ import pytest
 
 from testbed.errors import RunBrokenError
 from testbed.interrupt import Interrupt
-from testbed.machine import lacks
-from testbed.run import conclude, record_run
-from testbed.scenario import Scenario
+from testbed.machine.capabilities import lacks
+from testbed.run.runner import conclude, record_run
+from testbed.scenario.document import Scenario
 
 BALLOONED = 8192
 SCENARIO = Scenario.model_validate({

@@ -11,7 +11,7 @@ import signal
 import pytest
 
 from testbed.checkers import memory
-from testbed.record import load
+from testbed.record.run_record import load
 from tests.live.runs import WRITER, Bed, guest_is_whole, log_of, misbehave, perform, scenario, waited_for
 
 pytestmark = pytest.mark.live

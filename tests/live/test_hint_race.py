@@ -10,9 +10,9 @@ import pytest
 
 from testbed.checkers import judge
 from testbed.interrupt import Interrupt
-from testbed.record import load as load_record
-from testbed.run import FinishedRun, run_scenario
-from testbed.scenario_file import load
+from testbed.record.run_record import load as load_record
+from testbed.run.runner import FinishedRun, run_scenario
+from testbed.scenario.file import load
 
 pytestmark = pytest.mark.live
 

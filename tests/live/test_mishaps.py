@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from testbed.record import load
+from testbed.record.run_record import load
 from tests.live.liars import LIES, grpc_liar, tcp_liar
 from tests.live.runs import (
     TINY,

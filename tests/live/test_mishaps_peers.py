@@ -17,7 +17,7 @@ from migration.pb import migration_pb2 as pb
 from migration.pb import migration_pb2_grpc
 from testbed.checkers import memory
 from testbed.errors import RunBrokenError
-from testbed.record import load
+from testbed.record.run_record import load
 from tests.live.liars import LIES, grpc_liar, resumes_with, tcp_liar
 from tests.live.runs import TINY, WRITER, Bed, is_one_line, scenario
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from testbed.record import load
+from testbed.record.run_record import load
 from tests.live.runs import WRITER, perform, scenario
 
 pytestmark = pytest.mark.live

@@ -7,8 +7,8 @@ line is taken away too.
 
 import pytest
 
-from testbed.record import load
-from testbed.verdict import Verdict
+from testbed.checkers.verdict import Verdict
+from testbed.record.run_record import load
 from tests.live.runs import TINY, WRITER, ends, log_of, misbehave, perform, scenario
 
 pytestmark = pytest.mark.live

@@ -1,7 +1,7 @@
 """A link that is cut in the middle of a real migration: it goes on where it was, or the guest is unharmed."""
 
 from migration.pages import PAGE_BYTES
-from testbed.record import load
+from testbed.record.run_record import load
 from tests.live.relay import Relay
 from tests.live.runs import Bed, guest_is_whole, perform, scenario
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from testbed.record import load
-from testbed.scenario_file import parse
+from testbed.record.run_record import load
+from testbed.scenario.file import parse
 from tests.live.runs import TINY, perform
 
 pytestmark = pytest.mark.live

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from testbed.record import load
+from testbed.record.run_record import load
 from tests.live.commands import Commands
 from tests.live.runs import nothing_is_left_of, waited_for
 
@@ -75,7 +75,7 @@ def test_two_sessions_stand_beside_each_other_and_one_that_dies_is_cleaned_up(ba
     manifest = json.loads((older / "manifest.json").read_text())
     keeper = next(
         process for process in psutil.process_iter(["cmdline"])
-        if (process.info["cmdline"] or [])[1:3] == ["-m", "testbed.keeper"]
+        if (process.info["cmdline"] or [])[1:3] == ["-m", "testbed.standing.keeper"]
         and any(str(older) in str(file.path) for file in process.open_files())
     )  # fmt: skip
     keeper.kill()

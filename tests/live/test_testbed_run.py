@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from testbed.clean import find, remove
+from testbed.hosts.clean import find, remove
 from testbed.interrupt import Interrupt
-from testbed.record import load
-from testbed.run import run_scenario
-from testbed.run_dir import RunDir
-from testbed.scenario_file import parse
+from testbed.record.run_dir import RunDir
+from testbed.record.run_record import load
+from testbed.run.runner import run_scenario
+from testbed.scenario.file import parse
 from tests.live.runs import nothing_is_left_of
 
 pytestmark = pytest.mark.live

@@ -14,7 +14,7 @@ import pytest
 
 from host.tls import Trust
 from migration.pb import migration_pb2, migration_pb2_grpc, node_pb2, node_pb2_grpc
-from testbed.certificates import make_run_authority
+from testbed.hosts.certificates import make_run_authority
 from tests.live.liars import LIES, grpc_liar
 from tests.live.runs import WAIT_S, Bed, is_one_line, log_of, scenario, waited_for
 

@@ -1,0 +1,1 @@
+"""What a run came to: the result document (result.py), and the same as tables for people."""
