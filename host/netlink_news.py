@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import select
 import socket
 import struct
 import weakref
@@ -52,6 +53,12 @@ class NetlinkNews:
                     return
                 yield news[:length]
                 news = news[-(-length // ALIGNMENT) * ALIGNMENT :]
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether there is something to take, at latest after this time."""
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        return timeout_s > 0 and bool(waiting.poll(timeout_s * 1e3))
 
     def close(self) -> None:
         """Ends the subscription."""

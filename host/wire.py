@@ -3,7 +3,8 @@
 Rule 1: a connection counts if its remote address is the peer's and this process owns its socket; what it carried
         before the meter was made does not.
 Rule 2: counts only grow. A connection that ended keeps its last figures: the kernel announces them when it destroys
-        the socket. One whose end was not heard is counted in `unheard`, with what was seen of it last.
+        the socket, from a worker, a moment later: a sample waits ANNOUNCED_NS_MAX at most. One whose end
+        was not heard is counted in `unheard`, with what was seen of it last.
 Rule 3: retransmitted bytes are on the wire too: they are part of `tx_bytes`, and also told apart.
 
 sock_diag over netlink needs no privilege. gRPC connects through dual-stack sockets, so that an IPv4 peer
@@ -27,6 +28,7 @@ from pyroute2.netlink.diag import (
     inet_diag_msg,
 )
 
+from host.clock import now_ns
 from host.netlink_news import NetlinkNews
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ DESTROY_GROUPS: Final = 1 << (SKNLGRP_INET_TCP_DESTROY - 1) | 1 << (SKNLGRP_INET
 COUNTERS: Final = (
     "tcpi_bytes_sent", "tcpi_bytes_received", "tcpi_bytes_retrans", "tcpi_segs_out", "tcpi_segs_in",
 )  # fmt: skip
+ANNOUNCED_NS_MAX: Final = 500_000_000  # after a connection ended; a worker that need not wait takes 1 ms
 Figures: TypeAlias = tuple[int, ...]  # in the order of COUNTERS
 ZEROES: Final[Figures] = (0,) * len(COUNTERS)
 
@@ -89,9 +92,7 @@ class ConnectionMeter:
         with self._lock:
             with DiagSocket() as diag:
                 alive = self._look(self._messages(diag))
-            for news in self._news.take():
-                self._told(news)
-            self._unheard |= self._seen.keys() - alive - self._ended
+            self._hear(alive)
             totals = [0] * len(COUNTERS)
             for cookie, figures in self._seen.items():
                 since = zip(figures, self._before.get(cookie, ZEROES), strict=True)
@@ -122,6 +123,17 @@ class ConnectionMeter:
                 self._seen[cookie] = _figures(message)
                 alive.add(cookie)
         return alive
+
+    def _hear(self, alive: set[int]) -> None:
+        """Take the news; of a connection that is gone and not announced yet, wait for them a moment."""
+        deadline_ns = now_ns() + ANNOUNCED_NS_MAX
+        while True:
+            for news in self._news.take():
+                self._told(news)
+            missing = self._seen.keys() - alive - self._ended - self._unheard
+            if not missing or not self._news.wait((deadline_ns - now_ns()) / 1e9):
+                self._unheard |= missing
+                return
 
     def _told(self, raw: bytes) -> None:
         message = inet_diag_msg(raw)
