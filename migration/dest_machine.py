@@ -6,7 +6,8 @@ Rule 2: PREPARED is recorded only after every writer is joined, the image verifi
 Rule 3: PREPARED becomes COMMITTED in one durable step, and the guest runs only after it. COMMITTED is answered,
         and may be forgotten, only when the guest runs (or its process is known to be gone).
 Rule 4: once ABORTED is recorded for an attempt, nothing makes it anything else.
-Rule 5: a rehearsal is verified and then aborted, durably, before it is answered: nothing can commit it.
+Rule 5: a rehearsal is verified and then aborted, durably, before it is answered: nothing can commit it. Whether it
+        was verified is no matter of ownership: whoever lost the answer is told again.
 Rule 6: a call about another attempt than the one at hand is answered from what was recorded, or UNKNOWN.
 Rule 7: a lost connection ends an attempt at once, unless its source said how long one may take to come back.
         Going on is possible only with the very attempt at hand, while it is being received, and only after
@@ -177,6 +178,7 @@ class DestMachine:
         self._abort_reason = ""
         self._next_open: OpenRequested | None = None
         self._reply_when_aborted: Answer | None = None
+        self._verified_digest: int | None = None  # of a rehearsal, whose answer may have been lost
         self._handlers: dict[DestPhase, Callable[[DestEvent], list[DestCommand]]] = {
             P.IDLE: self._on_idle,
             P.OPENING: self._on_opening,
@@ -257,6 +259,7 @@ class DestMachine:
         self.key, self._memory_bytes = event.key, event.memory_bytes
         self._link_timeout_ms = event.link_timeout_ms
         self._prepare, self._abort_reason, self._next_open = None, "", None
+        self._verified_digest = None
         self.phase = P.OPENING
         return [
             ReserveMemory(event.key, event.memory_bytes),
@@ -312,6 +315,7 @@ class DestMachine:
         assert self.key is not None
         assert self._prepare is not None
         if self._prepare.rehearsal:
+            self._verified_digest = self._prepare.image_digest
             return [KeepEvidence(), *self._abort("a rehearsal", reply=Answer.VERIFIED)]
         self.phase = P.RESTORING
         return [RestoreGuest(self.key)]
@@ -479,4 +483,6 @@ class DestMachine:
             case ForgetRequested(key):
                 self.phase, self.key = P.IDLE, None
                 return [ForgetAttempt(key), Reply(Answer.ABORTED)]
+            case PrepareRequested(image_digest=digest, rehearsal=True) if self._verified_digest == digest:
+                return [Reply(Answer.VERIFIED, self._abort_reason)]
         return [Reply(Answer.ABORTED, self._abort_reason)]

@@ -213,6 +213,22 @@ def test_a_lost_link_in_stop_and_copy_keeps_the_guest_paused_and_the_timeout_act
     assert pair.guest.running_at == "source"
 
 
+def test_a_rehearsal_whose_answer_was_lost_is_answered_again():
+    def lose_the_answer(pair, command):
+        if isinstance(command, do.SendPrepare) and pair.count(do.SendPrepare) == 0:
+            key, digest, rehearsal = command.key, command.image_digest, command.rehearsal
+            pair.drive_dest(told.PrepareRequested(key, "one", digest, pair.sent_chunks, rehearsal))
+            pair.cut("the answer was lost")
+        else:
+            pair.heal()
+
+    pair = MachinePair(64, before=lose_the_answer, rehearsal=True, limits=LIMITS)
+    assert pair.run() == "rehearsal"
+    assert pair.count(do.SendPrepare) == 2
+    assert pair.guest.running_at == "source"
+    assert (pair.dest.evidence == pair.guest.memory).all()
+
+
 def test_after_committing_a_lost_link_decides_nothing():
     for phase in (P.RECORDING, P.COMMITTING):
         pair = MachinePair(PAGES, limits=LIMITS)

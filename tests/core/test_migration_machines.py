@@ -1,5 +1,7 @@
 """The two machines joined in memory: what must hold however an attempt ends (DESIGN 3.3, 3.4)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -400,6 +402,20 @@ class TestDestination:
         assert pair.drive_dest(told.CommitRequested(pair.key, digest)).answer is told.Answer.ABORTED
         again = told.PrepareRequested(pair.key, "one", digest, pair.dest.chunks)
         assert pair.drive_dest(again).answer is told.Answer.ABORTED
+
+    def test_a_verified_rehearsal_says_so_again_to_the_same_question_and_to_no_other(self):
+        pair = MachinePair(8)
+        pair.drive_dest(told.OpenRequested(KEY, 8))
+        asked = told.PrepareRequested(KEY, "one", pair.digest(), 0, rehearsal=True)
+        assert pair.drive_dest(asked).answer is told.Answer.VERIFIED
+        assert pair.drive_dest(asked).answer is told.Answer.VERIFIED
+        for other in (replace(asked, rehearsal=False), replace(asked, image_digest=asked.image_digest ^ 1)):
+            assert pair.drive_dest(other).answer is told.Answer.ABORTED
+        later = replace(KEY, attempt=2)
+        pair.drive_dest(told.OpenRequested(later, 8))
+        pair.drive_dest(told.AbortRequested(later, "given up"))
+        assert pair.drive_dest(replace(asked, key=later)).answer is told.Answer.ABORTED
+        assert pair.dest.journal == ["RECEIVING", "ABORTED"] * 2
 
     def test_a_prepared_attempt_is_no_rehearsal_afterwards(self):
         pair = MachinePair(8)

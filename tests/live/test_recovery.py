@@ -60,6 +60,21 @@ def test_a_link_that_stays_lost_cancels_and_a_retry_is_complete(tmp_path, monkey
     guest_is_whole(run, "dest")
 
 
+def test_a_rehearsal_whose_answer_was_lost_is_answered_again(tmp_path, monkeypatch):
+    with Relay(monkeypatch) as relay, Bed(tmp_path, scenario()) as bed:
+        bed.dest.arm_point("prepare.received", HOLD_MS)
+        since_ns = bed.begin(link_timeout_ms=20_000, rehearsal=True)
+        bed.wait("point_reached", "dest", since_ns=since_ns, point="prepare.received")
+        relay.cut()
+        bed.wait("link_lost", "source", since_ns=since_ns)
+        bed.dest.release_point("prepare.received")
+        bed.wait("rehearsed", "dest", since_ns=since_ns)
+        relay.heal()
+        ended = bed.wait("migration_ended", "source", since_ns=since_ns)
+        assert ended.fields["outcome"] == "rehearsal", ended.fields["reason"]
+        bed.guest_is_back()
+
+
 def test_a_link_lost_while_the_guest_stands_still(tmp_path, monkeypatch):
     """Cut for good before the last pages: the guest runs on. Cut behind PREPARED: Prepare is asked again."""
     with Relay(monkeypatch) as relay, Bed(tmp_path, scenario()) as bed:
