@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from migration.round_set import RoundSet
 
 COMMIT_RETRY_MS = 500  # the guest stands still meanwhile: ask often, but do not hammer a dead host
+CANCEL_REFUSED = do.Note("cancel_refused", {"reason": "only the destination can decide after COMMITTING"})
 
 P = SourcePhase
 
@@ -344,6 +345,8 @@ class SourceMachine:
         return self._abort(P.REHEARSED, "a rehearsal: the guest goes on at the source", Cause.NONE)
 
     def _on_recording(self, event: SourceEvent) -> list[SourceCommand]:
+        if isinstance(event, told.CancelRequested):
+            return [CANCEL_REFUSED]
         if not isinstance(event, told.StateRecorded) or event.state is not Recorded.COMMITTING:
             return []
         self.phase = P.COMMITTING
@@ -364,7 +367,7 @@ class SourceMachine:
             retry = event.timer is Timer.COMMIT_RETRY
             return [do.SendCommit(key, self._image_digest)] if retry else []
         if isinstance(event, told.CancelRequested | told.HostFailed):
-            return [do.Note("cancel_refused", {"reason": "only the destination can decide after COMMITTING"})]
+            return [CANCEL_REFUSED]
         reason = (
             event.reason if isinstance(event, told.CommitAnswered | told.PeerLost | told.LinkLost) else ""
         )

@@ -82,6 +82,7 @@ class Destination:
         self.verify_ns = 0
         self.resume_ns = 0
         self._opening = migration_pb2.OpenRequest()  # as it was asked
+        self._open_unanswered = False
         self._key = key
         self._post = post
         self.encrypted = trust.encrypts
@@ -99,6 +100,7 @@ class Destination:
             link_timeout_ms=link_timeout_ms,
         )
         self._opening = request
+        self._open_unanswered = True
         self._call(self._stub.Open, request, OPEN_TIMEOUT_S, self._opened)
 
     def resume(self) -> None:
@@ -137,9 +139,15 @@ class Destination:
         self._call(self._stub.Commit, request, COMMIT_TIMEOUT_S, self._committed)
 
     def abort(self, reason: str) -> str:
-        """Tell it, as far as it can be reached; returns what went wrong, or ""."""
+        """Tell it, as far as it can be reached; returns what went wrong, or "".
+
+        An Open that is still on its way may come there after this: then it is to be told once more.
+        """
         request = migration_pb2.AbortRequest(id=id_message(self._key), reason=reason)
-        return self._farewell(self._stub.Abort, request)
+        overtaking = self._open_unanswered
+        if problem := self._farewell(self._stub.Abort, request):
+            return problem
+        return "it may have come before the Open that was not answered yet" if overtaking else ""
 
     def forget(self) -> str:
         """The outcome is recorded here; returns what went wrong, or ""."""
@@ -179,11 +187,14 @@ class Destination:
 
         def done(future: Any) -> None:
             try:
-                self._post(event_of(future.result()))  # ends: it is done
+                event: SourceEvent = event_of(future.result())  # ends: it is done
             except grpc.RpcError as error:
                 name = type(request).__name__.removesuffix("Request")
                 lost = LinkLost if future.code() in LINK_CODES else PeerLost
-                self._post(lost(f"{name} to {self.address}: {one_line(error)}"))
+                event = lost(f"{name} to {self.address}: {one_line(error)}")
+            if event_of == self._opened and not isinstance(event, LinkLost):
+                self._open_unanswered = False
+            self._post(event)
 
         method.future(request, timeout=timeout_s).add_done_callback(done)
 

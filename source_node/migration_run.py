@@ -4,6 +4,8 @@ Rule 1: one thread does everything; other threads (gRPC, balloon device, cancel)
 Rule 2: reading and sending is the page stream's; this thread is always free for the next event.
 Rule 3: an error of our own is a reason to bring the guest back, as long as that is possible.
 Rule 4: however it ends, migration_ended is told, once; what could not be measured is left out and said.
+Rule 5: a wish to cancel is answered by this thread, with what came of it: whoever asks from outside sees a phase
+        that may be over before the wish is looked at.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import queue
 import sqlite3
 import threading
 from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -37,8 +41,19 @@ if TYPE_CHECKING:
     from source_node.order import Order
 
 PROGRESS_PERIOD_NS = 100_000_000
+# The thread looks at a wish within a millisecond, unless it waits for its guest agent, for a destination that does
+# not answer a farewell, or at a point.
+CANCEL_ANSWER_S = 2.0
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Somebody wants the migration cancelled; `answer`: (whether it is, the phase in which that was looked at)."""
+
+    reason: str
+    answer: Future[tuple[bool, str]] = field(default_factory=Future)
 
 
 class MigrationRun:
@@ -50,7 +65,7 @@ class MigrationRun:
         self._host = host
         self._machine = SourceMachine()
         # bounded: phases, hint batches of four times RAM, Cancel calls
-        self._events: queue.SimpleQueue[told.SourceEvent] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[told.SourceEvent | Wish] = queue.SimpleQueue()
         # bounded: what one event posts; it goes before what is queued
         self._first: deque[told.SourceEvent] = deque()
         self._shell = SourceShell(
@@ -90,10 +105,17 @@ class MigrationRun:
         return self._finished or (self._thread.ident is not None and not self._thread.is_alive())
 
     def cancel(self, reason: str) -> tuple[bool, str]:
-        """Post the wish; (whether it can be effective, the phase)."""
-        phase = self._machine.phase
-        self._events.put(told.CancelRequested(reason))
-        return self._machine.reversible, phase.name
+        """Ask it to stop; (whether it does because of that, the phase in which the wish was looked at).
+
+        Of a thread that is busy beyond CANCEL_ANSWER_S it is what the phase promises; the wish stays posted.
+        """
+        wish = Wish(reason)
+        self._events.put(wish)
+        try:
+            # Of one that has finished nobody may look any more; what was looked at has its answer at once.
+            return wish.answer.result(0 if self._finished else CANCEL_ANSWER_S)
+        except TimeoutError:
+            return self._machine.reversible, self._machine.phase.name
 
     def resolve(self, answer: told.Answer, reason: str) -> bool:
         """What the destination can never answer, said by an operator; False when nobody waits for it now."""
@@ -128,7 +150,9 @@ class MigrationRun:
         try:
             while not self._machine.ended:
                 event = self._next_event()
-                if event is not None:
+                if isinstance(event, Wish):
+                    self._look_at(event)
+                elif event is not None:
                     self._feed_or_turn_back(event)
             outcome = self._shell.outcome or outcome
         except (JournalConflict, sqlite3.Error) as error:
@@ -138,6 +162,13 @@ class MigrationRun:
             log.exception("migration_failed", phase=self._machine.phase.name)
         finally:
             self._finish(outcome)
+
+    def _look_at(self, wish: Wish) -> None:
+        effective, phase = self._machine.reversible, self._machine.phase.name
+        try:
+            self._feed_or_turn_back(told.CancelRequested(wish.reason))
+        finally:
+            wish.answer.set_result((effective, phase))
 
     def _feed_or_turn_back(self, event: told.SourceEvent) -> None:
         try:
@@ -160,7 +191,7 @@ class MigrationRun:
         for command in self._machine.handle(event, now_ns()):
             self._shell.execute(command)
 
-    def _next_event(self) -> told.SourceEvent | None:
+    def _next_event(self) -> told.SourceEvent | Wish | None:
         """The next fact; None when a moment passed without one: timers and progress are looked at then."""
         if self._first:
             return self._first.popleft()
@@ -240,6 +271,7 @@ class MigrationRun:
         host.events.add("node_resources", **host.resources.fields())
         host.guest.listen_for_loss(None)  # from here on another agent may be taken in
         self._finished = True  # first: whoever hears of the end may begin the next migration
+        self._answer_late_wishes()
         host.events.add(
             "migration_ended",
             outcome=outcome.outcome,
@@ -262,6 +294,12 @@ class MigrationRun:
             log.exception("end_not_marked")
         if not shell.heard:
             self._on_unheard()
+
+    def _answer_late_wishes(self) -> None:
+        """Those that came after the last event that was looked at; who comes later sees that it has finished."""
+        while not self._events.empty():
+            if isinstance(late := self._events.get(), Wish):
+                late.answer.set_result((False, self._machine.phase.name))
 
 
 def _or_missing(what: str, take: Callable[[], Any], missing: list[str]) -> Any:

@@ -143,9 +143,10 @@ class SourceRole:
     def cancel(self, reason: str) -> tuple[bool, str]:
         """Ask the running migration to stop."""
         with self._lock:
-            if self._run is None or self._run.ended:
-                raise RoleRefused("no migration is under way")
-            return self._run.cancel(reason or "cancelled by request")
+            run = self._run
+        if run is None or run.ended:
+            raise RoleRefused("no migration is under way")
+        return run.cancel(reason or "cancelled by request")
 
     def resolve(self, key: AttemptKey, verdict: Answer, image_digest: int, reason: str) -> str:
         """The destination's answer, by an operator: only for an attempt that waits for it. Raises RoleRefused."""

@@ -194,7 +194,8 @@ class NodeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Source role: asks the running migration to stop. Effective until COMMITTING.
+        """Source role: asks the running migration to stop. Effective until COMMITTING: the answer says whether this
+        wish ended it, and in which phase it was looked at; the outcome is the event "migration_ended".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,7 +54,9 @@ class NodeStub:
     Migrate: _grpc.UnaryUnaryMultiCallable[_node_pb2.MigrateRequest, _node_pb2.MigrateReply]
     """Source role: starts a migration and returns at once; the outcome is the event "migration_ended"."""
     Cancel: _grpc.UnaryUnaryMultiCallable[_node_pb2.CancelRequest, _node_pb2.CancelReply]
-    """Source role: asks the running migration to stop. Effective until COMMITTING."""
+    """Source role: asks the running migration to stop. Effective until COMMITTING: the answer says whether this
+    wish ended it, and in which phase it was looked at; the outcome is the event "migration_ended".
+    """
     Resolve: _grpc.UnaryUnaryMultiCallable[_node_pb2.ResolveRequest, _node_pb2.ResolveReply]
     """An operator's word about an attempt whose other side will never return (docs/safety.md). Refused unless this host's
     own journal and state allow the verdict; idempotent.
@@ -95,7 +97,9 @@ class NodeAsyncStub(NodeStub):
     Migrate: _aio.UnaryUnaryMultiCallable[_node_pb2.MigrateRequest, _node_pb2.MigrateReply]  # type: ignore[assignment]
     """Source role: starts a migration and returns at once; the outcome is the event "migration_ended"."""
     Cancel: _aio.UnaryUnaryMultiCallable[_node_pb2.CancelRequest, _node_pb2.CancelReply]  # type: ignore[assignment]
-    """Source role: asks the running migration to stop. Effective until COMMITTING."""
+    """Source role: asks the running migration to stop. Effective until COMMITTING: the answer says whether this
+    wish ended it, and in which phase it was looked at; the outcome is the event "migration_ended".
+    """
     Resolve: _aio.UnaryUnaryMultiCallable[_node_pb2.ResolveRequest, _node_pb2.ResolveReply]  # type: ignore[assignment]
     """An operator's word about an attempt whose other side will never return (docs/safety.md). Refused unless this host's
     own journal and state allow the verdict; idempotent.
@@ -199,7 +203,9 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         request: _node_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.CancelReply, _abc.Awaitable[_node_pb2.CancelReply]]:
-        """Source role: asks the running migration to stop. Effective until COMMITTING."""
+        """Source role: asks the running migration to stop. Effective until COMMITTING: the answer says whether this
+        wish ended it, and in which phase it was looked at; the outcome is the event "migration_ended".
+        """
 
     @_abc_1.abstractmethod
     def Resolve(

@@ -54,7 +54,7 @@ def guest_told(tmp_path, monkeypatch):
         def open_hints():
             said.append("hint")
             run._shell.throttle.set(99)
-            run.cancel("cancelled by the user")
+            run._events.put(told.CancelRequested("cancelled by the user"))
             return 2
 
         link = SimpleNamespace(throttle=lambda percent: said.append(f"throttle {percent}"))
