@@ -298,7 +298,7 @@ class MigrationRun:
     def _answer_late_wishes(self) -> None:
         """Those that came after the last event that was looked at; who comes later sees that it has finished."""
         while not self._events.empty():
-            if isinstance(late := self._events.get(), Wish):
+            if isinstance(late := self._events.get(), Wish):  # ends: it is not empty, and nobody else takes
                 late.answer.set_result((False, self._machine.phase.name))
 
 

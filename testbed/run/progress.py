@@ -64,6 +64,7 @@ STEPS: Final = {
     "node_described": "the guest boots",
     "guest_ready": "the guest settles",
     "migration_requested": "setting up",
+    "migration_retried": "waiting for the next attempt",
     "hints_opened": "asking the guest for its free pages",
     "guest_paused": "switching over",
     "prepared": "switching over",

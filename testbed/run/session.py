@@ -14,10 +14,10 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from testbed.analysis.decided import worth_another_attempt
 from testbed.errors import InterruptedRunError, RunBrokenError
 from testbed.record.leg_views import OracleChain, artefact_name
 from testbed.record.oracle_log import RECORD_BYTES, last_versions
+from testbed.run.attempts import Attempts
 from testbed.scenario.fault_keys import restarted
 from testbed.scenario.leg_keys import ORIGINS
 from testbed.scenario.migration_keys import migrate_request
@@ -77,6 +77,7 @@ class Session:
         self._here: Origin = "source"  # where the guest is after the last leg
         self._ran: Sequence[Event] = ()  # what the earlier legs' takers told
         self._oracle = OracleChain(scenario.origins, run_dir.artefact)
+        self._attempts = Attempts(history)
 
     def run(self) -> None:
         """The whole way. Raises RunBrokenError or InterruptedRunError where it cannot go on."""
@@ -112,6 +113,13 @@ class Session:
     def parties(self) -> tuple[Host, Host]:
         """Who gives the guest and who takes it, in the newest leg."""
         return self._giver, self._taker
+
+    def cancel(self, reason: str) -> dict[str, Any]:
+        """Asks the migration under way to stop, and makes no other attempt; from any thread.
+
+        Raises RunBrokenError: there is none, or its source does not answer.
+        """
+        return self._attempts.cancel(self._hosts.hosts[self._here].client, reason)
 
     def moved(self, origin: Origin) -> None:
         """The guest is there: an operator said so, and the node agreed."""
@@ -209,12 +217,13 @@ class Session:
         self._note_guest(self._giver, "guest_status")
         before = self._cpu_seconds()
         migration = f"{self._migration}.{number}" if self._scenario.leg else self._migration
-        for attempt in range(1, leg.retries + 2):
-            ended = self._make_attempt(leg, migration, attempt)
-            if attempt > leg.retries or not worth_another_attempt(ended):
-                break
+        self._attempts.begin()
+        attempt = 1
+        ended = self._make_attempt(leg, migration, attempt)
+        while self._attempts.another_follows(leg, attempt, ended):
             self._unless_interrupted()
-            self._history.note("migration_retried", attempt=attempt + 1, reason=ended.fields["reason"])
+            attempt += 1
+            ended = self._make_attempt(leg, migration, attempt)
         after = self._cpu_seconds()
         self._history.note("cpu_used", **{part: max(0.0, after[part] - before[part]) for part in before})
         return ended
@@ -231,6 +240,7 @@ class Session:
         earlier = self._history.having("migration_ended")
         self._history.note("migration_requested", migration=migration, attempt=attempt)
         self._giver.client.migrate(request)
+        self._attempts.requested(self._giver.client)
         return self._await_outcome(leg, earlier)
 
     def _await_outcome(self, leg: Leg, earlier: Sequence[Event]) -> Event:
@@ -245,8 +255,7 @@ class Session:
             if not self._giver.node.alive:
                 raise
             reason = f"no outcome within {limit_s:.0f} s"
-        reply = self._giver.client.cancel(reason)
-        self._history.note("cancel_asked", reason=reason, effective=reply.effective, phase=reply.phase)
+        self._attempts.cancel(self._giver.client, reason)
         return self._await(
             outcome, self._grace_s, "the cancelled migration's outcome", needs=needs, cancelled=True
         )

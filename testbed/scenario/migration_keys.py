@@ -57,6 +57,7 @@ class Migration(Model):
     delta_cache: Bytes = 0  # of pages as the destination acknowledged them; 0: no deltas
     link_timeout: DurationMs = 0  # a lost connection may come back within this time; 0: it may not
     retries: Annotated[int, Field(ge=0, le=RETRIES_MAX)] = 0  # after a lost link or destination
+    retry_pause: DurationMs = 1000  # before the first of them; it doubles (testbed/run/attempts.py)
     rehearsal: bool = False  # everything but the hand-over: the guest goes on at the source
     # LOSES WRITES. The source clears the dirty log of hinted pages when it processes the hint, as has been done
     # elsewhere: it shows that the checkers catch it. Only with expect = "corruption".

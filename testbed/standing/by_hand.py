@@ -106,12 +106,7 @@ class ByHand:
 
     def cancel(self) -> dict[str, Any]:
         """Asks the migration under way to stop. Raises RunBrokenError when there is none."""
-        host = self._session.hosts.hosts[self._session.here]
-        reply = host.client.cancel("cancelled by the user")
-        self._session.history.note(
-            "cancel_asked", reason="cancelled by the user", effective=reply.effective, phase=reply.phase
-        )
-        return {"effective": reply.effective, "phase": reply.phase}
+        return self._session.cancel("cancelled by the user")
 
     def resolve(self, dead: str, fenced: str) -> dict[str, Any]:
         """Ends an attempt whose other side will never return. Raises UsageError, RunBrokenError."""

@@ -20,8 +20,10 @@ from testbed.interrupt import Interrupt
 from testbed.node_client import NodeClient, parse_fields
 from testbed.record.run_dir import create
 from testbed.run import session as sessions
+from testbed.run.attempts import retry_pause_ms
 from testbed.run.session import Session
 from testbed.scenario.file import parse
+from testbed.scenario.migration_keys import RETRIES_MAX
 
 TEXT = '[guest]\nmemory = "16MiB"\n[run]\nsettle = "0ms"\nrun_on = "50ms"\n'
 
@@ -36,6 +38,7 @@ class ScriptedNode(node_pb2_grpc.NodeServicer):
         self.events = queue.SimpleQueue()
         self.on_migrate = lambda: None
         self.on_cancel = lambda: None
+        self.refuses_cancel = False
         self.clock_ns = 0
 
     def tell(self, event, **fields):
@@ -61,6 +64,8 @@ class ScriptedNode(node_pb2_grpc.NodeServicer):
 
     def Cancel(self, request, context):
         self.calls.append(f"cancel: {request.reason}")
+        if self.refuses_cancel:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no migration is under way")
         self.on_cancel()
         return node_pb2.CancelReply(effective=True, phase="PRECOPY")
 
@@ -124,12 +129,13 @@ class Bench:
             server_name="",
         )
 
-    def ends(self, outcome, artefacts=()):
+    def ends(self, outcome, artefacts=(), cause=""):
         """What the source tells when a migration is over."""
         counted = {"payload": 0, "grpc": 0, "wire_tx": 0, "wire_rx": 0}
         self.source.tell(
-            "migration_ended", outcome=outcome, reason="scripted", bytes=counted, artefacts=list(artefacts)
-        )
+            "migration_ended", outcome=outcome, reason="scripted", bytes=counted, artefacts=list(artefacts),
+            cause=cause,
+        )  # fmt: skip
 
     def completes(self):
         self.source.state, self.dest.state = "frozen", "running"
@@ -234,6 +240,88 @@ def test_ctrl_c_before_the_migration_begins_none(bench):
     with pytest.raises(InterruptedRunError):
         run.session.run()
     assert run.source.calls == []
+
+
+class Failing:
+    """Attempts of a source that fail for a lost destination, `times` times; then one is like `afterwards`."""
+
+    def __init__(self, run, times, afterwards):
+        self.run, self.left, self.afterwards = run, times, afterwards
+
+    def __call__(self):
+        self.left -= 1
+        self.run.ends("failed", cause="destination") if self.left >= 0 else self.afterwards()
+
+
+def test_attempts_follow_each_other_after_pauses_that_double(bench):
+    run = bench("migration.retries=3", "migration.retry_pause=20ms")
+    run.source.on_migrate = Failing(run, 3, run.completes)
+    run.session.run()
+    assert run.source.calls[:4] == ["migrate"] * 4
+    pauses = run.history.having("migration_retried")
+    assert [event.fields["pause_ms"] for event in pauses] == [20, 40, 80]
+    asked = run.history.having("migration_requested")[1:]
+    for told, following in zip(pauses, asked, strict=True):
+        assert following.at_ns - told.at_ns >= told.fields["pause_ms"] * 1_000_000
+        assert told.fields["attempt"] == following.fields["attempt"]
+
+
+def test_a_wish_to_cancel_between_two_attempts_ends_them(bench):
+    run = bench("migration.retries=100", "migration.retry_pause=60s")
+    run.source.refuses_cancel = True  # it has no migration
+    run.source.on_migrate = Failing(run, 1, run.completes)
+    answers = []
+
+    def cancel(event):
+        if event.name == "migration_retried":
+            answers.append(run.session.cancel("enough"))
+
+    run.history.subscribe(cancel)
+    run.session.run()
+    assert answers == [{"effective": True, "phase": "BETWEEN_ATTEMPTS"}]
+    assert run.source.calls == ["migrate", "cancel: enough", "pause", "check 0"]
+    with pytest.raises(RunBrokenError, match="no migration"):
+        run.session.cancel("once more")
+
+
+def test_a_wish_that_meets_an_attempt_being_asked_for_is_passed_on_to_it(bench):
+    run = bench("migration.retries=1", "migration.retry_pause=0ms")
+    run.source.refuses_cancel = True
+    asked_for = []
+
+    def cancel(event):
+        if event.name == "migration_requested" and event.fields["attempt"] == 2:
+            asked_for.append(run.session.cancel("enough"))
+            run.source.refuses_cancel = False
+
+    run.history.subscribe(cancel)
+    run.source.on_migrate = Failing(run, 1, lambda: None)
+    run.source.on_cancel = lambda: run.source.calls.count("migrate") == 2 and run.ends("cancelled")
+    run.session.run()
+    assert asked_for == [{"effective": True, "phase": "BETWEEN_ATTEMPTS"}]
+    assert run.source.calls[:4] == ["migrate", "cancel: enough", "migrate", "cancel: enough"]
+
+
+def test_ctrl_c_ends_the_pause_before_another_attempt(bench):
+    run = bench("migration.retries=1", "migration.retry_pause=60s")
+    run.history.subscribe(lambda event: event.name == "migration_retried" and run.interrupt.press())
+    run.source.on_migrate = Failing(run, 1, run.completes)
+    with pytest.raises(InterruptedRunError):
+        run.session.run()
+    assert run.source.calls == ["migrate"]
+
+
+@pytest.mark.parametrize(
+    ("first_ms", "pauses"),
+    [
+        (0, [0, 0, 0]),
+        (1000, [1000, 2000, 4000, 8000, 16_000, 30_000, 30_000]),
+        (45_000, [45_000, 45_000]),  # who states more has more
+    ],
+)
+def test_the_pause_before_an_attempt_doubles_up_to_a_bound(first_ms, pauses):
+    assert [retry_pause_ms(first_ms, attempt) for attempt in range(1, len(pauses) + 1)] == pauses
+    assert retry_pause_ms(first_ms, RETRIES_MAX) == pauses[-1]
 
 
 def test_a_source_that_stays_silent_is_asked_to_cancel(bench):

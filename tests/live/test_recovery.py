@@ -3,7 +3,7 @@
 from migration.pages import PAGE_BYTES
 from testbed.record.run_record import load
 from tests.live.relay import Relay
-from tests.live.runs import Bed, guest_is_whole, perform, scenario
+from tests.live.runs import TINY, Bed, guest_is_whole, perform, scenario
 
 HOLD_MS = 30_000
 CHUNK_BYTES_MAX = (1 << 20) + (64 << 10)  # pages, their hashes, the head, gRPC's and HTTP/2's frames
@@ -57,6 +57,28 @@ def test_a_link_that_stays_lost_cancels_and_a_retry_is_complete(tmp_path, monkey
     assert "link_timeout = 300 ms" in first["reason"]
     assert second["outcome"] == "completed"
     assert (result.outcome, result.verdict, result.attempts) == ("completed", "valid", 2), result.reasons
+    guest_is_whole(run, "dest")
+
+
+AGENT_AWAY = """
+[[fault]]
+kind = "kill"
+what = "guest_agent"
+host = "dest"
+at = "prepare.received"
+restart = true
+for = "500ms"
+"""
+
+
+def test_a_budget_of_retries_outlasts_a_guest_agent_that_is_started_again(tmp_path):
+    chosen = scenario("migration.retries=5", "migration.retry_pause=500ms", text=TINY + AGENT_AWAY)
+    run = perform(tmp_path, chosen)
+    result, record = run.result, load(run.run_dir.path)
+    assert (result.outcome, result.verdict) == ("completed", "valid"), (result.outcome_reason, result.reasons)
+    told = [event.fields for event in record.all("migration_retried")]
+    assert [fields["pause_ms"] for fields in told] == [500 << number for number in range(len(told))]
+    assert result.attempts == 1 + len(told) > 1
     guest_is_whole(run, "dest")
 
 
