@@ -14,7 +14,7 @@ from guest_agent.clock import GuestClock, host_now_ns
 from guest_agent.errors import GateShut
 from guest_agent.gate import PauseGate
 from guest_agent.threads import GuestThread
-from guest_agent.vcpu import Vcpu
+from guest_agent.vcpu import IDLE_NS_MAX, Vcpu
 
 
 @dataclass
@@ -66,10 +66,25 @@ def test_guest_time_reaches_the_workloads_and_never_goes_back() -> None:
     assert all(after - before >= 100_000 for before, after in zip(timed.times, timed.times[1:], strict=False))
 
 
-def test_a_guest_without_work_is_idle() -> None:
-    done = threading.Event()
-    done.set()
-    run_until([], done)
+class Looks(threading.Event):
+    """How long the vCPU would sleep each time it finds nothing to do; it is stopped at the third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sleeps_s: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.sleeps_s.append(timeout)
+        if len(self.sleeps_s) == 3:
+            self.set()
+        return self.is_set()
+
+
+def test_a_guest_without_work_sleeps_between_two_looks() -> None:
+    gate, stopping = PauseGate(), Looks()
+    gate.open()
+    Vcpu([], GuestClock(5), gate, stopping).run()
+    assert stopping.sleeps_s == [IDLE_NS_MAX / 1e9] * 3
 
 
 def test_guest_clock_stands_still_while_stopped() -> None:

@@ -244,11 +244,13 @@ def test_a_timeout_that_means_switch_finishes_the_round_and_then_pauses():
 def test_every_decision_is_one_line_with_its_reason():
     pair = restless_pair(Restless(), on_stall="cancel")
     pair.run()
-    for command in pair.log:
-        if isinstance(command, do.Note) and command.name in {"round_ended", "decision"}:
-            assert command.fields["reason"]
-            assert "\n" not in str(command.fields["reason"])
-            assert command.fields["decision"]
+    notes = [c for c in pair.log if isinstance(c, do.Note) and c.name in {"round_ended", "decision"}]
+    assert [note.name for note in notes].count("round_ended") == len(pair.source.ledger.rounds) > 1
+    assert [note.name for note in notes].count("decision") == 1
+    for note in notes:
+        assert note.fields["reason"]
+        assert "\n" not in str(note.fields["reason"])
+        assert note.fields["decision"]
 
 
 def test_the_books_of_a_round_survive_time_without_a_link():

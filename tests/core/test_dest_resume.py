@@ -125,6 +125,18 @@ def test_another_size_is_another_guest():
         pair.drive_dest(told.OpenRequested(KEY, 16, resume=True))
 
 
+def test_an_open_that_is_repeated_is_no_resume_once_the_link_was_lost():
+    """What was on the way is lost: the same memory would miss it. And one that stands finds what it had."""
+    pair = receiving()
+    pair.dest.memory[3] = 4711
+    pair.drive_dest(told.OpenRequested(KEY, 8))
+    assert pair.dest.memory[3] == 4711
+    pair.drive_dest(told.StreamBroken("cut"))
+    with pytest.raises(RemoteProtocolError, match=r"LINK_LOST here; .* must wait"):
+        pair.drive_dest(told.OpenRequested(KEY, 8))
+    assert pair.dest_machine.phase is DestPhase.LINK_LOST
+
+
 @pytest.fixture
 def receiver():
     receiver = PageReceiver(HostRam.create(8 * PAGE_BYTES), attempt=1)
@@ -189,6 +201,12 @@ class TestGivenAway:
                 pair.drive_dest(told.OpenRequested(old, 8))
             for call in (told.CommitRequested(old, 1), told.AbortRequested(old, "x")):
                 assert pair.drive_dest(call).answer is told.Answer.UNKNOWN
+
+    def test_what_was_given_away_later_counts_whatever_is_told_after_it(self):
+        pair = self.gave_away()
+        pair.dest_machine.handle(told.GuestGivenAway(1))
+        with pytest.raises(RemoteProtocolError, match="gave the guest away at epoch 2"):
+            pair.drive_dest(told.OpenRequested(AttemptKey("m", 7, 2), 8))
 
     def test_a_guest_that_runs_here_is_not_forgotten_for_one_that_left_earlier(self):
         pair = MachinePair(8)

@@ -229,16 +229,17 @@ def test_a_rehearsal_whose_answer_was_lost_is_answered_again():
     assert (pair.dest.evidence == pair.guest.memory).all()
 
 
-def test_after_committing_a_lost_link_decides_nothing():
-    for phase in (P.RECORDING, P.COMMITTING):
-        pair = MachinePair(PAGES, limits=LIMITS)
-        told_once = []
+@pytest.mark.parametrize("phase", [P.RECORDING, P.COMMITTING], ids=lambda phase: phase.name)
+def test_after_committing_a_lost_link_decides_nothing(phase):
+    pair = MachinePair(PAGES, limits=LIMITS)
+    told_once = []
 
-        def lose(pair, _command, phase=phase, told_once=told_once):
-            if pair.source.phase is phase and not told_once:
-                told_once.append(True)
-                pair.events.append(told.LinkLost("gone"))
+    def lose(pair, _command):
+        if pair.source.phase is phase and not told_once:
+            told_once.append(True)
+            pair.events.append(told.LinkLost("gone"))
 
-        pair._before = lose
-        assert pair.run() == "completed"
-        assert pair.source.link.count == 0
+    pair._before = lose
+    assert pair.run() == "completed"
+    assert told_once
+    assert pair.source.link.count == 0

@@ -220,8 +220,11 @@ def test_a_chunk_without_pages_is_legal() -> None:
 def test_any_buffer_may_hold_the_data(kind) -> None:
     data = page_data(2)
     hashes = page_hashes(kind(data.tobytes()))
+    assert hashes.tolist() == page_hashes(data).tolist()
     encoded = encode_chunk(HEADER, u64([5]), u32([2]), u64([]), u32([]), hashes, kind(data.tobytes()))
-    verify(decode_chunk(encoded, pages=PAGES))
+    chunk = decode_chunk(encoded, pages=PAGES)
+    verify(chunk)
+    assert bytes(chunk.data) == data.tobytes()
 
 
 # --- what must be refused ----------------------------------------------------------------------------

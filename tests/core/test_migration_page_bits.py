@@ -81,6 +81,10 @@ def test_full_is_every_page_and_no_bit_more() -> None:
     assert not PageBits(0).any()
 
 
+def test_more_bits_than_32_bits_can_count_are_counted() -> None:
+    assert page_bits.popcount(np.broadcast_to(page_bits.ALL, 1 << 26)) == 1 << 32
+
+
 def test_numpy_looks_at_it_as_a_mask() -> None:
     bits = PageBits.of_runs(*arrays([(3, 2)]), 8)
     assert np.flatnonzero(bits).tolist() == [3, 4]

@@ -88,7 +88,11 @@ def test_the_kernels_tracking_is_not_needed_for_a_guest_that_stays(monkeypatch):
     monkeypatch.setattr(capabilities, "probe_tracker", lambda: "no userfaultfd")
     for name in ("programs", "namespace", "freezing"):
         monkeypatch.setattr(probe, name, lambda: "")
-    capabilities.require(linux())
+    leaves = parse('[guest]\nmemory = "64MiB"', default_name="leaves")
+    assert leaves.migration.hints
+    assert list(capabilities.lacks(linux())) == []
+    (missing,) = capabilities.lacks(leaves)
+    assert "no userfaultfd" in missing
 
 
 # --- markers ---------------------------------------------------------------------------------------
