@@ -22,6 +22,7 @@ def check(record: RunRecord) -> Finding:
     failed = {int(event.fields["fault"]) for event in record.all("fault_failed")}
     reasons += [
         f"the fault {fault.kind} (fault.{number}) never came: nothing was at '{fault.at}'"
+        + (f" of leg {fault.leg}" if fault.leg is not None else "")
         for number, fault in enumerate(record.scenario.fault)
         if number not in applied | failed
     ]

@@ -92,13 +92,16 @@ class Target:
 
 
 class Fault(Model):
-    """Base of all kinds. `at` and `for` are the schedule's; a fault that is added by hand has neither."""
+    """Base of all kinds. `at`, `for` and `leg` are the schedule's; a fault added by hand has none of them."""
 
     model_config = ConfigDict(populate_by_name=True)
 
     kind: str
     at: Annotated[str, BeforeValidator(parse_moment)] = ""  # a time, a round or a point, see parameters.py
     lasting_ms: Annotated[DurationMs | None, Field(alias="for")] = None  # None: until the run ends
+    leg: Annotated[int, Field(ge=1)] | None = (
+        None  # in which it comes, 1-based; None: where its moment comes first
+    )
     host: Literal["source", "dest", "third"] | None = None
 
     scope: ClassVar[Scope]

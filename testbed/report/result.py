@@ -167,6 +167,7 @@ class FaultPart(Part):
     kind: str
     host: str = ""
     at: str = ""
+    leg: int | None = None  # in which it came, of a run with legs
     packets: int | None = None  # that it harmed, where they were counted
     applied_at_ms: float
     healed_at_ms: float | None
@@ -383,6 +384,7 @@ def faults_of(record: RunRecord) -> list[FaultPart]:
             kind=event.fields["kind"],
             host=event.fields["host"],
             at=event.fields["at"],
+            leg=event.fields.get("leg"),
             applied_at_ms=(event.at_ns - since_ns) / 1e6,
             healed_at_ms=(end.at_ns - since_ns) / 1e6 if end is not None else None,
             packets=end.fields.get("packets") if end is not None else None,

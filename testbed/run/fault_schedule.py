@@ -2,7 +2,7 @@
 
 Rule 1: a moment is an event of the history; a node that comes to the point of a fault waits there until the fault
         is in force, so that the schedule is exact; one that the fault itself stops is let go on when it is healed.
-        Times count from the request to migrate.
+        Times count from the request to migrate. With `leg` it is that leg's moment, else the first that comes.
 Rule 2: whatever happened, everything is healed before the hosts are taken down; the last one first.
 Rule 3: every fault applied or healed is in the history; one that cannot be, whatever the reason, is `fault_failed`
         and breaks the run. The thread goes on: the others are healed in time.
@@ -25,7 +25,9 @@ from testbed.errors import MachineCannotError, RunBrokenError, TestbedError
 from testbed.faults.fault import Applied, Port, Target, apply, ports_of
 from testbed.faults.parameters import moment_ms
 from testbed.faults.pause import Pause
+from testbed.record.leg_views import leg_path
 from testbed.run.shaped_link import ShapedLink
+from testbed.scenario.leg_keys import ORIGINS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,6 +52,8 @@ class Schedule:
 
     def __init__(self, scenario: Scenario, run_id: str, *, hosts: Hosts, history: History) -> None:
         self._faults: Sequence[Fault] = scenario.fault
+        self._path = [(ORIGINS[giver], ORIGINS[taker]) for giver, taker in leg_path(scenario.legs)]
+        self._leg = 1  # under way
         self._hosts = hosts
         self._history = history
         self._seed = scenario.seed
@@ -99,9 +103,16 @@ class Schedule:
     # -- moments -------------------------------------------------------------------------------
 
     def _arm(self) -> None:
-        for point in {fault.at for fault in self._faults if moment_ms(fault.at) is None}:
-            client = self._hosts.source.client if side_of(point) == "source" else self._hosts.dest.client
-            client.arm_point(point, HOLD_MS)
+        for origin, point in {self._place_of(fault) for fault in self._faults if moment_ms(fault.at) is None}:
+            self._hosts.hosts[origin].client.arm_point(point, HOLD_MS)
+
+    def _place_of(self, fault: Fault) -> tuple[Origin, str]:
+        """The host whose node comes to the fault's point, and that point."""
+        giver, taker = self._path[(fault.leg or 1) - 1]
+        return (giver if side_of(fault.at) == "source" else taker), fault.at
+
+    def _may_come(self, number: int) -> bool:
+        return self._faults[number].leg in (None, self._leg)
 
     def _main(self) -> None:
         while True:
@@ -112,15 +123,20 @@ class Schedule:
                 continue
             if event is None:
                 return
-            if event.name == "migration_requested" and not self._due_ns:
-                self._due_ns = {
-                    number: event.at_ns + at_ms * 1_000_000
-                    for number in self._waiting
-                    if (at_ms := moment_ms(self._faults[number].at)) is not None
-                }
+            if event.name == "leg_started":
+                self._leg = int(event.fields["leg"])
+            elif event.name == "migration_requested":
+                self._requested(event.at_ns)
             elif event.name == "point_reached":
                 self._reached(event)
             self._look_at_the_clock()
+
+    def _requested(self, at_ns: int) -> None:
+        """The clock of the faults with a time begins; a further attempt does not set it back."""
+        for number in self._waiting - self._due_ns.keys():
+            at_ms = moment_ms(self._faults[number].at)
+            if at_ms is not None and self._may_come(number):
+                self._due_ns[number] = at_ns + at_ms * 1_000_000
 
     def _next_s(self) -> float:
         instants = [*self._due_ns.values(), *(end for _, end in self._in_force.values() if end is not None)]
@@ -139,7 +155,7 @@ class Schedule:
         point = str(event.fields["point"])
         stopped = False
         for number in sorted(self._waiting):
-            if (fault := self._faults[number]).at == point:
+            if (fault := self._faults[number]).at == point and self._may_come(number):
                 self._apply(number)
                 if (
                     number in self._in_force
@@ -157,6 +173,8 @@ class Schedule:
             return
         try:
             host.client.release_point(point, RELEASE_S)
+            if (origin, point) in {self._place_of(self._faults[number]) for number in self._waiting}:
+                host.client.arm_point(point, HOLD_MS)  # of a later leg: a point holds whom it meets once
         except RunBrokenError as error:  # it stands still, and is told again when something is healed
             self._unheard.add((origin, point))
             self._history.note("release_unheard", host=origin, point=point, reason=str(error))
@@ -186,7 +204,8 @@ class Schedule:
             kind=fault.kind,
             host=fault.origin,
             at=fault.at,
-            parameters=fault.model_dump(mode="json", exclude={"kind", "at", "host", "lasting_ms"}),
+            **({"leg": self._leg} if len(self._path) > 1 else {}),
+            parameters=fault.model_dump(mode="json", exclude={"kind", "at", "host", "leg", "lasting_ms"}),
         )
 
     def _heal(self, number: int, why: str) -> None:

@@ -272,7 +272,7 @@ def conflicts_of_legs(scenario: Scenario) -> Iterator[tuple[str, str]]:
 def conflicts_of_faults(scenario: Scenario) -> Iterator[tuple[str, str]]:
     """What is wrong with the link and the faults of a scenario that is right otherwise, as (path, problem)."""
     yield from link_conflicts(scenario.link, scenario.hosts.kind)
-    yield from fault_conflicts(scenario.fault, scenario.hosts.kind, scenario.origins)
+    yield from fault_conflicts(scenario.fault, scenario.hosts.kind, scenario.origins, len(scenario.legs))
 
 
 def _memory_conflicts(guest: Guest) -> Iterator[tuple[str, str]]:

@@ -37,7 +37,7 @@ else:  # the package is not installed: nothing is known of its entry points
 
 
 def fault_conflicts(
-    faults: Sequence[Fault], hosts_kind: str, origins: Collection[str]
+    faults: Sequence[Fault], hosts_kind: str, origins: Collection[str], legs: int
 ) -> Iterator[tuple[str, str]]:
     """What is wrong with faults that are right by themselves, as (path, problem)."""
     for index, fault in enumerate(faults):
@@ -50,6 +50,8 @@ def fault_conflicts(
             )
         if fault.lasting_ms == 0:
             yield f"{path}.for", "is 0: it would be healed before it harms anybody"
+        if fault.leg is not None and fault.leg > legs:
+            yield f"{path}.leg", f"there is no leg {fault.leg}: this scenario has {legs}"
         if fault.origin not in origins:
             yield f"{path}.host", f"'{fault.origin}' is no host of this scenario: it has {', '.join(origins)}"
         if fault.needs_containers and hosts_kind == "local":

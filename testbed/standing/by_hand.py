@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 LOOK_S: Final = 2.0  # a host that does not say its state within this is shown as silent
 GUEST_STATES: Final = ("running", "paused")  # of a host that has the guest
-SCHEDULE_KEYS: Final = ("at", "for")
+SCHEDULE_KEYS: Final = ("at", "for", "leg")
 BY_HAND: Final = "by hand"
 OVERRIDE_SECTION: Final = "migration."
 OUTCOMES: Final = ("completed", "rehearsal", "cancelled", "failed", "guest_lost")
@@ -52,7 +52,7 @@ class InForce:
 
     def describe(self) -> dict[str, Any]:
         """For a table."""
-        parameters = self.fault.model_dump(mode="json", exclude={"kind", "at", "lasting_ms", "host"})
+        parameters = self.fault.model_dump(mode="json", exclude={"kind", "at", "lasting_ms", "leg", "host"})
         return {
             "id": self.number, "kind": self.fault.kind, "host": SHORT_NAMES[self.fault.origin],
             "parameters": parameters,

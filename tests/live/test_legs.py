@@ -57,3 +57,12 @@ def test_there_and_back_and_on_to_a_third_host(tmp_path):
     owners = [json.loads(line) for line in run.run_dir.events.read_text().splitlines()]
     final = {e["fields"]["host"]: e["fields"]["state"] for e in owners if e["name"] == "final_status"}
     assert final == {"source": "frozen", "dest": "standby", "third": "paused"}
+
+
+def test_a_fault_of_the_second_leg_comes_there(tmp_path):
+    pause = 'kind = "pause"\nwhat = "dest_node"\nat = "prepare.sent"\nleg = 2\nfor = "100ms"\n'
+    run = perform(tmp_path, scenario(text=TINY + f'[[leg]]\nto = "b"\n[[leg]]\nto = "a"\n[[fault]]\n{pause}'))
+    assert (run.result.outcome, run.result.verdict) == ("completed", "valid"), run.judgement.reasons
+    (came,) = run.result.faults
+    assert (came.leg, came.host, came.at) == (2, "source", "prepare.sent"), "b is the giver there"
+    assert [len(leg["faults"]) for leg in run.result.legs] == [0, 1]
