@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from testbed.analysis.framing import (
     CHUNK_HEADER_BYTES,
@@ -30,6 +30,7 @@ from testbed.analysis.framing import (
     tls_bounds,
     tolerated,
 )
+from testbed.documents import Part
 from testbed.units import PAGE_BYTES
 
 if TYPE_CHECKING:
@@ -43,10 +44,8 @@ OUTSIDE_TOLERANCE: Final = (
 )
 
 
-class Layer(BaseModel):
+class Layer(Part):
     """One layer's share of the bytes. A negative one takes off what the layer above put on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     how: Source
@@ -54,13 +53,11 @@ class Layer(BaseModel):
     backward_bytes: int = 0
 
 
-class Account(BaseModel):
+class Account(Part):
     """The bytes of one migration, layer by layer; they sum up to what was counted on the wire."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     wire_source: Literal["interface", "tcp_info"] = "tcp_info"
-    layers: list[Layer] = []
+    layers: list[Layer] = Field(default_factory=list)
     wire_forward_bytes: int = 0
     wire_backward_bytes: int = 0
     unexplained_forward_bytes: int = 0
@@ -72,7 +69,7 @@ class Account(BaseModel):
     retransmitted_bytes: int = 0
     dest_received_bytes: int | None = None  # the same bytes at the destination's interfaces
     dest_sent_bytes: int | None = None
-    problems: list[str] = []
+    problems: list[str] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from testbed.documents import Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,13 +25,7 @@ CAUSES_TO_RETRY: Final = frozenset({"link", "destination"})
 _WORDS: Final = {"link_lost": "reconnect", "link_restored": "go_on"}
 
 
-class _Part(BaseModel):
-    """Common rules: closed and frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DecisionPart(_Part):
+class DecisionPart(Part):
     """One decision; `round` is the round that had ended, null between rounds."""
 
     at_ms: float  # since the attempt was asked for
@@ -38,7 +34,7 @@ class DecisionPart(_Part):
     round: int | None = None
 
 
-class RecoveriesPart(_Part):
+class RecoveriesPart(Part):
     """Lost connections that came back."""
 
     count: int = 0
@@ -46,10 +42,10 @@ class RecoveriesPart(_Part):
     resent_pages: int = 0
 
 
-class ThrottlePart(_Part):
+class ThrottlePart(Part):
     """Auto-converge, and what it cost the guest: what it did under it against its own pace before it."""
 
-    steps: list[dict[str, float]] = []
+    steps: list[dict[str, float]] = Field(default_factory=list)
     maximum_percent: int = 0
     throttled_ms: float = 0.0
     operations: int = 0
@@ -86,7 +82,7 @@ def _restored(fields: Mapping[str, Any]) -> str:
     return f"the link is back after {paused_ms:.0f} ms, {resent} pages go again"
 
 
-class AttemptPart(_Part):
+class AttemptPart(Part):
     """An attempt that was made again: what it cost the guest is in no figure of the last one."""
 
     outcome: str
@@ -117,7 +113,7 @@ def earlier_attempts_of(record: RunRecord) -> list[AttemptPart]:
     return parts
 
 
-def known(part: type[_Part], fields: Any) -> dict[str, Any]:
+def known(part: type[Part], fields: Any) -> dict[str, Any]:
     """Only what the document declares: nodes may tell more than it promises."""
     return {key: fields[key] for key in part.model_fields if fields and key in fields}
 

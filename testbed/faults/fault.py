@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from testbed.errors import UsageError
 from testbed.faults import namespace
 from testbed.faults.parameters import DurationMs, parse_moment
-from testbed.strict_model import Model
+from testbed.documents import Model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, Field
 
 from testbed.analysis.account import Account, account_of, dest_bytes_of_rounds
 from testbed.analysis.decided import (
@@ -23,6 +23,7 @@ from testbed.analysis.decided import (
     known,
 )
 from testbed.analysis.predicted import predicted_of
+from testbed.documents import Part
 from testbed.record.beats import blackout_ns
 from testbed.record.leg_views import leg_path, legs_of
 from virtio.balloon import (
@@ -52,12 +53,6 @@ FEATURE_NAMES: Final = {
     "hint_wait_on_ack": F_HINT_WAIT_ON_ACK,
     "sg": F_SG,
 }
-
-
-class Part(BaseModel):
-    """Common rules: closed and frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class GuestPart(Part):
@@ -97,7 +92,7 @@ class HintsPart(Part):
     redirtied_pages: int = 0
     stale_pages: int = 0
     rejected_ranges: int = 0
-    rounds: list[dict[str, Any]] = []
+    rounds: list[dict[str, Any]] = Field(default_factory=list)
 
 
 class BalloonPart(Part):
@@ -106,7 +101,7 @@ class BalloonPart(Part):
     Counts of pages are of that host alone: a node counts from its start.
     """
 
-    features: list[str] = []
+    features: list[str] = Field(default_factory=list)
     hints_driver: Literal["hold", "walk", "off"] | None = None
     num_pages: int = 0
     actual: int = 0
@@ -116,8 +111,8 @@ class BalloonPart(Part):
     reported_pages: int = 0
     released_pages: int = 0
     hint_blocks_skipped: int = 0
-    stats: dict[str, int] = {}
-    guest_errors: dict[str, int] = {}
+    stats: dict[str, int] = Field(default_factory=dict)
+    guest_errors: dict[str, int] = Field(default_factory=dict)
 
 
 class BytesPart(Part):
@@ -229,8 +224,9 @@ class Result(Part):
     own_memory: MemoryPart
     downtime_ms_estimated: float | None = None  # when the guest was paused for good; compare with downtime_ms
     attempts: int = 1
-    earlier_attempts: list[AttemptPart] = []  # the other figures are the last one's, the blackout is of all
-    decisions: list[DecisionPart] = []
+    # The other figures are the last attempt's, the blackout is of all.
+    earlier_attempts: list[AttemptPart] = Field(default_factory=list)
+    decisions: list[DecisionPart] = Field(default_factory=list)
     recoveries: RecoveriesPart = RecoveriesPart()
     throttle: ThrottlePart = ThrottlePart()
     streams: int = 0  # of pages; 0 when none was opened
@@ -238,12 +234,11 @@ class Result(Part):
     delta: DeltaPart = DeltaPart()
     predicted: PredictedPart | None = None
     account: Account | None = None  # of the bytes, layer by layer; null when nothing was counted
-    legs: list[
-        dict[str, Any]
-    ] = []  # of a run with [[leg]]: what stands here of one migration, for each of them
+    # Of a run with [[leg]]: what stands here of one migration, for each of them.
+    legs: list[dict[str, Any]] = Field(default_factory=list)
     run_dir: str
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, in the order of the fields."""

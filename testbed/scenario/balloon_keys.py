@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from testbed.strict_model import Model
+from testbed.documents import Model
 from testbed.units import parse_pages
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from testbed.documents import Model
 from testbed.history import Origin
 from testbed.scenario.balloon_keys import Balloon, balloon_conflicts
 from testbed.scenario.fault_keys import FAULTS_MAX, AnyFault, fault_conflicts
@@ -19,7 +20,6 @@ from testbed.scenario.leg_keys import LEGS_MAX, ORIGINS, Leg, leg_conflicts, wit
 from testbed.scenario.link_keys import Link, link_conflicts
 from testbed.scenario.linux_keys import Marker, Rewriter, kind_conflicts, linux_conflicts
 from testbed.scenario.migration_keys import Migration, migration_conflicts
-from testbed.strict_model import Model
 from testbed.units import (
     PAGE_BYTES,
     format_bytes,

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from testbed.documents import Model
 from testbed.errors import UsageError
 from testbed.scenario.balloon_keys import Balloon
 from testbed.scenario.document import (
@@ -29,7 +30,6 @@ from testbed.scenario.document import (
 from testbed.scenario.fault_keys import KINDS
 from testbed.scenario.host_keys import host_conflicts
 from testbed.scenario.migration_keys import CHECKED_KEYS, Migration
-from testbed.strict_model import Model
 
 SomeModel = TypeVar("SomeModel", bound=Model)
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "string": "a text", "bool": "true or false"}

@@ -5,7 +5,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
-from testbed.strict_model import Model
+from testbed.documents import Model
 from testbed.units import format_bytes, parse_bytes
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from testbed.documents import Model
 from testbed.faults.delay import Delay
 from testbed.faults.loss import Loss
 from testbed.faults.parameters import BytesPerSecond, DurationMs, Share, parse_share
 from testbed.faults.rate import Rate
-from testbed.strict_model import Model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

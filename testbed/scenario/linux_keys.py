@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import BeforeValidator
 
+from testbed.documents import Model
 from testbed.scenario.balloon_keys import Balloon
-from testbed.strict_model import Model
 from testbed.units import format_bytes, parse_bytes, parse_duration_ms
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from migration.partition import STREAMS_MAX
 from migration.pb import node_pb2
-from testbed.strict_model import Model
+from testbed.documents import Model
 from testbed.units import parse_bytes, parse_duration_ms, parse_rate
 
 if TYPE_CHECKING:
