@@ -10,7 +10,7 @@ Rule 3: the evidence that agents write (beats, oracle) is in the run directory a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, Self
 
 from testbed.errors import TestbedError
 
@@ -78,6 +78,13 @@ class HostProcess(Protocol):
         ...
 
 
+class Limits(NamedTuple):
+    """What a container may use; 0 where there is no limit."""
+
+    memory_bytes: int
+    cpus: float
+
+
 class HostContainer(Protocol):
     """The container that is a host. Errors of the engine are RunBrokenError."""
 
@@ -121,8 +128,8 @@ class HostContainer(Protocol):
         """Sets limits (0: none); what is None stays."""
         ...
 
-    def limits(self) -> tuple[int, float]:
-        """(memory in bytes, CPUs) as they are set now; 0 where there is no limit."""
+    def limits(self) -> Limits:
+        """As they are set now."""
         ...
 
     def disconnect(self) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from testbed.errors import RunBrokenError
+from testbed.host_handles import Limits
 from testbed.hosts.container_process import INSIDE
 from testbed.hosts.engine import told
 from testbed.hosts.execution import run
@@ -179,13 +180,13 @@ class RunContainer:
         with told(f"the limits of {self.name} cannot be changed"):
             self.handle.update(**changed)
 
-    def limits(self) -> tuple[int, float]:
-        """(memory in bytes, CPUs) as they are set now; 0 where there is no limit."""
+    def limits(self) -> Limits:
+        """As they are set now."""
         self._state()
         config = self.handle.attrs["HostConfig"]
         quota, period = max(0, config.get("CpuQuota") or 0), config.get("CpuPeriod") or PERIOD_US
         memory_bytes = config.get("Memory") or 0
-        return (memory_bytes if memory_bytes < self.engine.memory_bytes else 0), quota / period
+        return Limits(memory_bytes if memory_bytes < self.engine.memory_bytes else 0, quota / period)
 
     def disconnect(self) -> None:
         """Takes the host off the run's network."""

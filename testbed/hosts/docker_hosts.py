@@ -301,7 +301,7 @@ class DockerHosts:
     def _out_of_memory(self, container: RunContainer) -> str:
         """Whether the kernel killed it because the container's memory was spent: a fact, and the reason."""
         try:
-            kills, (limit_bytes, _) = container.out_of_memory_kills(), container.limits()
+            kills, limit_bytes = container.out_of_memory_kills(), container.limits().memory_bytes
         except RunBrokenError:  # the container itself is gone: then it was not the kernel
             return ""
         if not kills:

@@ -20,6 +20,7 @@ from testbed.faults.packet_handler import corrupted
 from testbed.faults.parameters import moment_ms, parse_moment, parse_share
 from testbed.faults.rules import chosen
 from testbed.history import Event
+from testbed.host_handles import Limits
 from testbed.scenario.fault_keys import KINDS
 from testbed.scenario.file import parse
 from testbed.scenario.link_keys import Link
@@ -244,7 +245,7 @@ class Bed:
         self.values = {"rate": None, "memory_bytes": 1 << 30, "cpus": 4.0}
         container = SimpleNamespace(
             alive=True,
-            limits=lambda: (self.values["memory_bytes"], self.values["cpus"]),
+            limits=lambda: Limits(self.values["memory_bytes"], self.values["cpus"]),
             limit=lambda **changed: self.values.update(changed),
         )
         hosts = {"dest": SimpleNamespace(origin="dest", container=container)}
