@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -74,7 +75,7 @@ class WireCount:
         }
 
 
-class ConnectionMeter:
+class ConnectionMeter(ABC):
     """Counts connections of this network namespace that `_matches`. Thread-safe."""
 
     def __init__(self) -> None:
@@ -107,8 +108,9 @@ class ConnectionMeter:
         """Ends the subscription."""
         self._news.close()
 
+    @abstractmethod
     def _matches(self, message: Any) -> bool:
-        raise NotImplementedError
+        """Whether a connection is one of those that are counted."""
 
     def _is_known(self, message: Any) -> bool:
         """Whether an ended connection, which has no owner any more, is one of ours."""

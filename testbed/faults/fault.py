@@ -12,16 +12,17 @@ Rule 5: packets are harmed where they arrive: `direction = "in"` is what comes t
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from testbed.documents import Model
 from testbed.errors import UsageError
 from testbed.faults import namespace
 from testbed.faults.parameters import DurationMs, parse_moment
-from testbed.documents import Model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -136,18 +137,18 @@ class Fault(Model):
         """What is wrong among its parameters, as (key, problem)."""
         yield from ()
 
+    @abstractmethod
     def apply(self, target: Target) -> Undo:
         """Does it. Raises FaultError, and has then done nothing."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def heal(cls, undo: Undo, hosts: Mapping[Origin, Host]) -> dict[str, Any]:
         """Undoes it; what was counted meanwhile. `hosts` may be empty for a fault of scope "network".
 
         Raises:
             FaultError: it could not be undone.
         """
-        raise NotImplementedError
 
     @classmethod
     def handed_down(cls, undo: Undo, later: Sequence[Undo]) -> Undo | None:  # noqa: ARG003

@@ -12,7 +12,7 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from testbed.faults.fault import Fault, kinds
 
@@ -32,8 +32,14 @@ if TYPE_CHECKING:
     AnyFault: TypeAlias = Fault
 elif len(KINDS) > 1:
     AnyFault = Annotated[reduce(or_, KINDS.values()), Field(discriminator="kind")]
-else:  # the package is not installed: nothing is known of its entry points
-    AnyFault = Fault
+elif KINDS:
+    (AnyFault,) = KINDS.values()
+else:
+
+    def _refuse(_: object) -> Fault:
+        raise ValueError("no kind of fault is known: install the package, its entry points name them")
+
+    AnyFault = Annotated[Fault, BeforeValidator(_refuse)]
 
 
 def fault_conflicts(
