@@ -17,7 +17,7 @@ from testbed.machine.checkup import Checkup
 from testbed.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 DEMO_BYTES: Final = 2 * (1 << 30) + capabilities.PROCESSES_BYTES
 PAGEMAP_SCAN_KERNEL: Final = (6, 7)
@@ -28,14 +28,55 @@ def examine() -> list[Checkup]:
     return [
         _python(),
         _kernel(),
-        _memfd(),
-        _tracker(),
+        _tried(
+            "memfd",
+            capabilities.probe_memfd(),
+            required=True,
+            works="sealed shared memory works",
+            needed_for="guest memory",
+            remedy="run on Linux, outside a sandbox that forbids memfd_create",
+        ),
+        _tried(
+            "userfaultfd WP_ASYNC",
+            capabilities.probe_tracker(),
+            works="a tracked write was found by PAGEMAP_SCAN",
+            needed_for="skip hint or both; fast dirty tracking",
+            remedy="be root or set vm.unprivileged_userfaultfd=1; in a container pass /dev/userfaultfd",
+        ),
         _memory(),
-        _sock_diag(),
-        _linux_guest(),
-        _freezer(),
+        _tried(
+            "TCP_INFO (sock_diag)",
+            capabilities.probe_sock_diag(),
+            required=True,
+            works="counted one byte on loopback",
+            needed_for="bytes on the wire of local runs",
+            remedy="load the kernel modules tcp_diag and inet_diag",
+        ),
+        _tried(
+            "User-Mode Linux",
+            capabilities.probe_linux_guest(),
+            works="kernel, balloon driver and a static busybox",
+            needed_for="guest.kind = 'linux', and the tests against the stock driver",
+            remedy="as root: apt-get install user-mode-linux busybox-static",
+        ),
+        _tried(
+            "cgroup freezer",
+            capabilities.probe_freezing(),
+            works="froze a process",
+            needed_for="guest.kind = 'linux': the guest is frozen at the end",
+            remedy="be root, or have a control group of your own",
+        ),
         *container_checkups.examine(),
-        *_faults(),
+        *(
+            _tried(
+                f"network faults: {capability}",
+                probing.lacks(capability),
+                works="worked in a network namespace of its own",
+                needed_for=needed_for,
+                remedy="as root: apt-get install nftables util-linux; kernel options are in docs/faults",
+            )
+            for capability, needed_for in probing.NEEDED_FOR.items()
+        ),
     ]
 
 
@@ -54,18 +95,11 @@ def to_dict(checkups: Sequence[Checkup]) -> dict[str, Any]:
     }
 
 
-def _faults() -> Iterator[Checkup]:
-    """What the faults between hosts in containers need."""
-    for capability, needed_for in probing.NEEDED_FOR.items():
-        reason = probing.lacks(capability)
-        yield Checkup(
-            f"network faults: {capability}",
-            ok=not reason,
-            required=False,
-            found=reason or "worked in a network namespace of its own",
-            needed_for=needed_for,
-            remedy="as root: apt-get install nftables util-linux; kernel options are in docs/faults",
-        )
+def _tried(
+    name: str, lack: str, *, works: str, needed_for: str, remedy: str, required: bool = False
+) -> Checkup:
+    """What a probe found: `lack` is its reason, "" where nothing is missing."""
+    return Checkup(name, not lack, required, found=lack or works, needed_for=needed_for, remedy=remedy)
 
 
 def _python() -> Checkup:
@@ -94,30 +128,6 @@ def _kernel() -> Checkup:
     )
 
 
-def _memfd() -> Checkup:
-    reason = capabilities.probe_memfd()
-    return Checkup(
-        "memfd",
-        ok=not reason,
-        required=True,
-        found=reason or "sealed shared memory works",
-        needed_for="guest memory",
-        remedy="run on Linux, outside a sandbox that forbids memfd_create",
-    )
-
-
-def _tracker() -> Checkup:
-    reason = capabilities.probe_tracker()
-    return Checkup(
-        "userfaultfd WP_ASYNC",
-        ok=not reason,
-        required=False,
-        found=reason or "a tracked write was found by PAGEMAP_SCAN",
-        needed_for="skip hint or both; fast dirty tracking",
-        remedy="be root or set vm.unprivileged_userfaultfd=1; in a container pass /dev/userfaultfd",
-    )
-
-
 def _memory() -> Checkup:
     available = capabilities.available_bytes()
     return Checkup(
@@ -127,40 +137,4 @@ def _memory() -> Checkup:
         found=f"{format_bytes(available)} available",
         needed_for=f"the demo: {format_bytes(DEMO_BYTES)} for its 1 GiB guest on two hosts",
         remedy="ballast demo --memory 256MiB",
-    )
-
-
-def _sock_diag() -> Checkup:
-    reason = capabilities.probe_sock_diag()
-    return Checkup(
-        "TCP_INFO (sock_diag)",
-        ok=not reason,
-        required=True,
-        found=reason or "counted one byte on loopback",
-        needed_for="bytes on the wire of local runs",
-        remedy="load the kernel modules tcp_diag and inet_diag",
-    )
-
-
-def _linux_guest() -> Checkup:
-    reason = capabilities.probe_linux_guest()
-    return Checkup(
-        "User-Mode Linux",
-        ok=not reason,
-        required=False,
-        found=reason or "kernel, balloon driver and a static busybox",
-        needed_for="guest.kind = 'linux', and the tests against the stock driver",
-        remedy="as root: apt-get install user-mode-linux busybox-static",
-    )
-
-
-def _freezer() -> Checkup:
-    reason = capabilities.probe_freezing()
-    return Checkup(
-        "cgroup freezer",
-        ok=not reason,
-        required=False,
-        found=reason or "froze a process",
-        needed_for="guest.kind = 'linux': the guest is frozen at the end",
-        remedy="be root, or have a control group of your own",
     )
