@@ -10,37 +10,30 @@ Rule 3: a process that ended by itself is a fact in the history, and so is memor
 from __future__ import annotations
 
 import functools
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from testbed.errors import RunBrokenError
 from testbed.host_handles import SHORT_NAMES
 from testbed.hosts import labels, leftovers
-from testbed.hosts.certificates import make_run_authority
 from testbed.hosts.command_lines import Places, agent_arguments, node_arguments, write_workloads
 from testbed.hosts.container import DATA, TLS, RunContainer, inside_user
 from testbed.hosts.container_process import INSIDE, ContainerProcess
 from testbed.hosts.docker_network import MIGRATION_PORT, RunNetwork
 from testbed.hosts.engine import Engine, connect
 from testbed.hosts.image import ensure
-from testbed.hosts.local import END_S, HURRY_S, SERVE_S
+from testbed.hosts.run_hosts import SERVE_S, RunHosts
 from testbed.hosts.sharing import CopiedVolumes, SharedDirectories, Sharing
 from testbed.node_client import NodeClient
 from testbed.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from types import TracebackType
 
-    from testbed.history import History, Origin
+    from testbed.history import Origin
     from testbed.hosts.certificates import PemFiles
-    from testbed.hosts.runtime_dir import RuntimeDir
-    from testbed.interrupt import Interrupt
-    from testbed.record.run_dir import RunDir
-    from testbed.scenario.document import Scenario
 
 
 @dataclass(slots=True)
@@ -52,8 +45,9 @@ class DockerHost:
     agent: ContainerProcess
     client: NodeClient
     container: RunContainer
-    migration_address: str
-    server_name: str = ""
+    sharing: Sharing
+    server_name: str  # of its certificate; "": plain text
+    migration_address: str = ""
 
     @property
     def network_pid(self) -> int | None:
@@ -61,68 +55,35 @@ class DockerHost:
         return self.container.pid or None
 
 
-class DockerHosts:
-    """The hosts of a run; a context manager."""
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a container is made."""
 
-    def __init__(
-        self,
-        scenario: Scenario,
-        run_id: str,
-        *,
-        run_dir: RunDir,
-        runtime: RuntimeDir,
-        history: History,
-        interrupt: Interrupt,
-    ) -> None:
-        self._scenario = scenario
-        self._run_id = run_id
-        self._run_dir = run_dir
-        self._runtime = runtime
-        self._history = history
-        self._interrupt = interrupt
-        self._authority = (
-            make_run_authority(run_id, runtime.path / "tls") if scenario.hosts.encrypted else None
-        )
-        self._stack = ExitStack()
-        self._images: dict[str, str] = {}  # by engine
-        self._engines: dict[Origin, Engine] = {}
-        self._sharings: dict[Origin, Sharing] = {}
-        self.hosts: dict[Origin, DockerHost] = {}
+    engine: Engine
+    image: str
+    network: RunNetwork
 
-    @property
-    def source(self) -> DockerHost:
-        """Where the guest is at first."""
-        return self.hosts["source"]
 
-    @property
-    def dest(self) -> DockerHost:
-        """Where it goes."""
-        return self.hosts["dest"]
+class DockerHosts(RunHosts[DockerHost]):
+    """Of a run, each on the engine that the scenario names for it."""
 
     def collect(self) -> None:
         """Brings what the agents have written so far into the run directory."""
-        for origin, host in self.hosts.items():
-            self._sharings[origin].collect(host.container)
+        for host in self.hosts.values():
+            host.sharing.collect(host.container)
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            networks = self._connect(stack)
-            for origin in reversed(self._scenario.origins):
-                self.hosts[origin] = self._start(stack, origin, networks)
-            for host in self.hosts.values():
-                self._wait_for(host)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
+    def _begin(self, stack: ExitStack) -> None:
+        sites = self._connect(stack)
+        for origin in reversed(self._scenario.origins):
+            self.hosts[origin] = self._start(stack, origin, sites)
+        for host in self.hosts.values():
+            self._wait_until_serving(host)
+            self._describe(host.client)
 
     # -- engines and networks ------------------------------------------------------------------
 
-    def _connect(self, stack: ExitStack) -> dict[Origin, RunNetwork]:
-        """The network of each host: the same one for all, unless two engines were named."""
+    def _connect(self, stack: ExitStack) -> dict[Origin, Site]:
+        """The site of each host: one network for all, unless two engines were named."""
         contexts = {origin: self._scenario.hosts.context_of(origin) for origin in self._scenario.origins}
         leftovers.write_down(self._runtime.path, sorted(set(contexts.values())))
         engines: dict[str, Engine] = {}
@@ -132,28 +93,26 @@ class DockerHosts:
         by_id: dict[str, list[Origin]] = {}
         for origin, context in contexts.items():
             by_id.setdefault(engines[context].engine_id, []).append(origin)
-        networks: dict[Origin, RunNetwork] = {}
+        sites: dict[Origin, Site] = {}
         for number, origins in enumerate(by_id.values()):
             engine = engines[contexts[origins[0]]]
-            self._images[engine.engine_id] = ensure(engine.client, self._history.note)
+            image = ensure(engine.client, self._history.note)
             network = RunNetwork(
                 engine, self._run_id, alone=len(by_id) == 1, number=number, origins=origins,
                 labels=labels.of_run(self._run_id, self._runtime.path), history=self._history,
             )  # fmt: skip
             stack.callback(network.remove)
-            networks |= dict.fromkeys(origins, network)
-        self._engines = {origin: engines[context] for origin, context in contexts.items()}
-        return networks
+            sites |= {origin: Site(engines[contexts[origin]], image, network) for origin in origins}
+        return sites
 
     # -- hosts ---------------------------------------------------------------------------------
 
-    def _start(self, stack: ExitStack, origin: Origin, networks: Mapping[Origin, RunNetwork]) -> DockerHost:
-        network, engine = networks[origin], self._engines[origin]
-        sharing, tls = self._share(origin, engine)
+    def _start(self, stack: ExitStack, origin: Origin, sites: Mapping[Origin, Site]) -> DockerHost:
+        site, network = sites[origin], sites[origin].network
+        sharing, tls = self._share(origin, site.engine)
         stack.callback(sharing.close)
-        self._sharings[origin] = sharing
         container = RunContainer.make(
-            engine, self._images[engine.engine_id], self._name(origin),
+            site.engine, site.image, self._name(origin),
             scenario=self._scenario, network=network.handle, address=network.addresses[origin],
             labels=self._labels(origin), mounts=sharing.mounts, ports=network.ports,
         )  # fmt: skip
@@ -164,18 +123,23 @@ class DockerHosts:
         self._history.note(
             "container_started", host=origin, container=container.name, address=container.address
         )
-        others = [other for other in networks.values() if other is not network]
-        reached_at = functools.partial(network.reached_at, origin, container, others[0] if others else None)
-        host = self._begin_processes(stack, origin, container, tls, sharing.control)
+        other = next((other.network for other in sites.values() if other.network is not network), None)
+        reached_at = functools.partial(network.reached_at, origin, container, other)
+        host = self._begin_processes(stack, origin, container, sharing, tls)
         host.migration_address = reached_at()
         container.on_start = lambda: self._start_again(host, reached_at)
-        stack.callback(self._end_processes, host, sharing)
+        stack.callback(self._end_processes, host)
         stack.callback(host.client.close)
         stack.callback(self._end_node, host)
         return host
 
     def _begin_processes(
-        self, stack: ExitStack, origin: Origin, container: RunContainer, tls: PemFiles | None, control: str
+        self,
+        stack: ExitStack,
+        origin: Origin,
+        container: RunContainer,
+        sharing: Sharing,
+        tls: PemFiles | None,
     ) -> DockerHost:
         places = _places()
         agent = self._process(f"{origin}-agent", container, lambda again: agent_arguments(
@@ -186,11 +150,9 @@ class DockerHosts:
             self._scenario, origin, places, migration_address=f"{container.address}:{MIGRATION_PORT}",
             tls_dir=None if tls is None else PurePosixPath(TLS),
         ))  # fmt: skip
-        client = NodeClient(origin, control, self._history)
+        client = NodeClient(origin, sharing.control, self._history)
         server_name = "" if tls is None else tls.server_name
-        host = DockerHost(
-            origin, node, agent, client, container, migration_address="", server_name=server_name
-        )
+        host = DockerHost(origin, node, agent, client, container, sharing, server_name)
         node.wait_until_ready = lambda: self._wait_until_serving(host)
         return host
 
@@ -202,7 +164,7 @@ class DockerHosts:
             write_workloads(self._scenario, data / "workloads.json")
         for kind in ("beats", "oracle"):
             self._run_dir.artefact(f"{origin}.{kind}").symlink_to(f"../nodes/{origin}/{kind}")
-        tls = None if self._authority is None else self._authority.issue(SHORT_NAMES[origin])
+        tls = None if self.authority is None else self.authority.issue(SHORT_NAMES[origin])
         certificates = None if tls is None else tls.directory
         if engine.local:
             sockets = self._runtime.path / SHORT_NAMES[origin]
@@ -231,17 +193,6 @@ class DockerHosts:
             on_exit=lambda process: self._exited(process, container),
         )
 
-    def _wait_for(self, host: DockerHost) -> None:
-        self._wait_until_serving(host)
-        described = host.client.describe()
-        self._history.note(
-            "node_described",
-            host=host.origin,
-            pid=described.pid,
-            roles=list(described.roles),
-            facts=json.loads(described.facts_json or "{}"),
-        )
-
     def _wait_until_serving(self, host: DockerHost) -> None:
         try:
             host.client.wait_until_serving(SERVE_S, still_worth_it=lambda: host.node.alive)
@@ -259,40 +210,30 @@ class DockerHosts:
     # -- the end -------------------------------------------------------------------------------
 
     def _end_node(self, host: DockerHost) -> None:
-        """Asks the node by its own service, so that it tells its last events before it goes."""
         for process in (host.node, host.agent):
             process.asked_to_end = True
         if not host.node.alive or self._interrupt.hurried:
             return
-        try:
+
+        def wake() -> None:
             host.container.thaw()
             host.node.resume()
-            host.client.shutdown()
-        except RunBrokenError as error:
-            self._history.note("shutdown_refused", host=host.origin, reason=str(error))
-            return
-        host.node.wait(END_S)
-        host.client.wait_for_last_event(HURRY_S)
 
-    def _end_processes(self, host: DockerHost, sharing: Sharing) -> None:
+        self._shut_down(host.client, wake=wake, wait=host.node.wait)
+
+    def _end_processes(self, host: DockerHost) -> None:
         """All of the container ends at once; the agents wrote everything as it happened."""
         if host.container.alive:
             host.container.kill()
         for process in (host.node, host.agent):
             process.join()  # ends: the container was killed
-        sharing.collect(host.container)
+        host.sharing.collect(host.container)
 
     def _started(self, process: ContainerProcess) -> None:
         self._history.note("process_started", process=process.name, pid=process.pid)
 
     def _exited(self, process: ContainerProcess, container: RunContainer) -> None:
-        self._history.note(
-            "process_ended",
-            process=process.name,
-            asked=process.asked_to_end,
-            status=process.status,
-            last_words="" if process.asked_to_end else self._last_words(process, container),
-        )
+        self._note_end(process, lambda: self._last_words(process, container))
 
     def _last_words(self, process: ContainerProcess, container: RunContainer) -> str:
         killed = process.status.endswith("SIGKILL")

@@ -8,39 +8,29 @@ Rule 3: everything started here is undone here, in reverse; a process that died 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 import psutil
 
 from linux_guest.freezer import groups_named
 from testbed.errors import RunBrokenError
 from testbed.host_handles import SHORT_NAMES
-from testbed.hosts.certificates import make_run_authority
 from testbed.hosts.command_lines import Places, agent_arguments, node_arguments, write_workloads
 from testbed.hosts.process import OwnedProcess
+from testbed.hosts.run_hosts import END_S, HURRY_S, SERVE_S, RunHosts
 from testbed.node_client import NodeClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from types import TracebackType
 
-    from testbed.history import History, Origin
-    from testbed.hosts.certificates import PemFiles
-    from testbed.hosts.runtime_dir import RuntimeDir
-    from testbed.interrupt import Interrupt
-    from testbed.record.run_dir import RunDir
-    from testbed.scenario.document import Scenario
+    from testbed.history import Origin
 
 RUN_LABEL: Final = "BALLAST_RUN"
 RUNTIME_LABEL: Final = "BALLAST_RUNTIME"
-SERVE_S: Final = 30.0  # a node starts in a second, on a loaded machine in some
-END_S: Final = 5.0  # of SIGTERM; then SIGKILL
-HURRY_S: Final = 0.5  # the same for a run that was interrupted
 ANY_PORT: Final = "127.0.0.1:0"
 
 
@@ -115,74 +105,33 @@ class LocalHost:
     node: LocalProcess
     agent: LocalProcess
     client: NodeClient
-    migration_address: str
-    server_name: str = ""  # of its certificate; "": plain text
+    server_name: str  # of its certificate; "": plain text
+    listens_at: str = ""  # its node, also one that is started again
+    migration_address: str = ""  # what others are told: the same, unless somebody stands in between
     network_pid: int | None = field(default=None, init=False)
     container: None = field(default=None, init=False)
 
 
-class LocalHosts:
-    """The hosts of a run; a context manager. `source` has the guest, the others wait for it."""
-
-    def __init__(
-        self,
-        scenario: Scenario,
-        run_id: str,
-        *,
-        run_dir: RunDir,
-        runtime: RuntimeDir,
-        history: History,
-        interrupt: Interrupt,
-    ) -> None:
-        self._scenario = scenario
-        self._run_dir = run_dir
-        self._runtime = runtime
-        self._history = history
-        self._interrupt = interrupt
-        self._environment = {**os.environ, RUN_LABEL: run_id, RUNTIME_LABEL: str(runtime.path)}
-        self._stack = ExitStack()
-        self._addresses: dict[Origin, str] = {}
-        self.authority = (
-            make_run_authority(run_id, runtime.path / "tls") if scenario.hosts.encrypted else None
-        )
-        self._certificates: dict[Origin, PemFiles] = {}
-        self.hosts: dict[Origin, LocalHost] = {}
-
-    @property
-    def source(self) -> LocalHost:
-        """Where the guest is at first."""
-        return self.hosts["source"]
-
-    @property
-    def dest(self) -> LocalHost:
-        """Where it goes."""
-        return self.hosts["dest"]
+class LocalHosts(RunHosts[LocalHost]):
+    """Of a run. They find each other's nodes at the addresses that those chose for themselves."""
 
     def collect(self) -> None:
         """Nothing to do: processes of this machine write into the run directory."""
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            started = {origin: self._start(stack, origin) for origin in reversed(self._scenario.origins)}
-            for origin, (node, agent, client) in started.items():
-                self.hosts[origin] = self._wait_for(origin, node, agent, client)
-            self._stack = stack.pop_all()
-        return self
+    def _begin(self, stack: ExitStack) -> None:
+        started = [self._start(stack, origin) for origin in reversed(self._scenario.origins)]
+        for host in started:
+            self._wait_until_serving(host.node, host.client)
+            host.listens_at = host.migration_address = self._describe(host.client).migration_address
+            self.hosts[host.origin] = host
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
-
-    def _start(self, stack: ExitStack, origin: Origin) -> tuple[LocalProcess, LocalProcess, NodeClient]:
+    def _start(self, stack: ExitStack, origin: Origin) -> LocalHost:
         places = self._places(origin)
         self._run_dir.node(origin).mkdir()
         if origin == "source":
             write_workloads(self._scenario, self._run_dir.path / "workloads.json")
         stack.callback(self._end_groups)
-        if self.authority is not None:
-            self._certificates[origin] = self.authority.issue(SHORT_NAMES[origin])
-        certificate = self._certificates.get(origin)
+        tls = None if self.authority is None else self.authority.issue(SHORT_NAMES[origin])
         client = NodeClient(origin, places.control, self._history)
         agent = LocalProcess(
             lambda again: self._process(
@@ -192,14 +141,14 @@ class LocalHosts:
         )
         stack.callback(self._end, agent)
         node = LocalProcess(
-            lambda _: self._process(
+            lambda again: self._process(
                 f"{origin}-node",
                 node_arguments(
                     self._scenario,
                     origin,
                     places,
-                    migration_address=self._addresses.get(origin, ANY_PORT),
-                    tls_dir=None if certificate is None else certificate.directory,
+                    migration_address=self.hosts[origin].listens_at if again else ANY_PORT,
+                    tls_dir=None if tls is None else tls.directory,
                 ),
             ),
             wait_until_ready=lambda: self._wait_until_serving(node, client),
@@ -207,7 +156,7 @@ class LocalHosts:
         stack.callback(self._end, node)
         stack.callback(client.close)
         stack.callback(self._end_node, node, client)
-        return node, agent, client
+        return LocalHost(origin, node, agent, client, server_name="" if tls is None else tls.server_name)
 
     def _places(self, origin: Origin) -> Places:
         short = SHORT_NAMES[origin]
@@ -222,10 +171,15 @@ class LocalHosts:
             workloads=self._run_dir.path / "workloads.json",
         )
 
+    @property
+    def _environment(self) -> dict[str, str]:
+        """Of every process: the machine's, and the labels by which `ballast clean` finds it."""
+        return {**os.environ, RUN_LABEL: self._run_id, RUNTIME_LABEL: str(self._runtime.path)}
+
     def _end_groups(self) -> None:
         """The control group of a Linux guest whose agent was killed."""
         if self._scenario.guest.kind == "linux":
-            for group in groups_named(f"ballast-{self._environment[RUN_LABEL]}-*"):
+            for group in groups_named(f"ballast-{self._run_id}-*"):
                 group.end()
 
     def _process(self, name: str, module_and_arguments: Sequence[str]) -> OwnedProcess:
@@ -239,24 +193,6 @@ class LocalHosts:
         self._history.note("process_started", process=name, pid=process.pid)
         return process
 
-    def _wait_for(
-        self, origin: Origin, node: LocalProcess, agent: LocalProcess, client: NodeClient
-    ) -> LocalHost:
-        self._wait_until_serving(node, client)
-        described = client.describe()
-        self._history.note(
-            "node_described",
-            host=origin,
-            pid=described.pid,
-            roles=list(described.roles),
-            facts=json.loads(described.facts_json or "{}"),
-        )
-        # A node that is started again must be found where the first one was.
-        self._addresses[origin] = described.migration_address
-        certificate = self._certificates.get(origin)
-        name = "" if certificate is None else certificate.server_name
-        return LocalHost(origin, node, agent, client, described.migration_address, name)
-
     def _wait_until_serving(self, node: LocalProcess, client: NodeClient) -> None:
         try:
             client.wait_until_serving(SERVE_S, still_worth_it=lambda: node.alive)
@@ -264,30 +200,16 @@ class LocalHosts:
             raise RunBrokenError(f"{error}: {node.last_words() or 'it said nothing'}") from None
 
     def _end_node(self, node: LocalProcess, client: NodeClient) -> None:
-        """Asks the node by its own service, so that it tells its last events before it goes."""
         if not node.alive or self._interrupt.hurried:
             return
         node.asked_to_end = True
-        node.resume()  # a paused one would not answer
-        try:
-            client.shutdown()
-        except RunBrokenError as error:
-            self._history.note("shutdown_refused", host=client.origin, reason=str(error))
-            return
-        node.current.wait(END_S)
-        client.wait_for_last_event(HURRY_S)
+        self._shut_down(client, wake=node.resume, wait=node.current.wait)
 
     def _end(self, process: LocalProcess) -> None:
         process.current.end(HURRY_S if self._interrupt.hurried else END_S)
 
     def _exited(self, process: OwnedProcess) -> None:
-        self._history.note(
-            "process_ended",
-            process=process.name,
-            asked=process.asked_to_end,
-            status=process.status,
-            last_words="" if process.asked_to_end else process.last_words(),
-        )
+        self._note_end(process, process.last_words)
 
 
 def cpu_seconds(pid: int) -> float:

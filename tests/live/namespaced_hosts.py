@@ -103,8 +103,8 @@ def live_in(joined, monkeypatch):
             self._history.note("process_started", process=name, pid=process.pid)
             return process
 
-        def _wait_for(self, origin, *rest):
-            host = super()._wait_for(origin, *rest)
+        def _start(self, stack, origin):
+            host = super()._start(stack, origin)
             host.network_pid = joined.pids[origin]
             return host
 
