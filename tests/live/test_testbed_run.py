@@ -16,32 +16,12 @@ from testbed.interrupt import Interrupt
 from testbed.record.run_dir import RunDir
 from testbed.record.run_record import load
 from testbed.run.runner import run_scenario
-from testbed.scenario.file import parse
-from tests.live.runs import nothing_is_left_of
+from tests.live.runs import TINY, nothing_is_left_of, scenario
 
 pytestmark = pytest.mark.live
 
-TINY = """
-[guest]
-memory = "64MiB"
-[[guest.workload]]
-name = "freed"
-fraction = 0.6
-keep = 0.1
-[[guest.workload]]
-name = "kv"
-records = 2000
-operations_per_second = 500
-[run]
-settle = "100ms"
-run_on = "100ms"
-"""
 SLOW = ["migration.skip=none", "migration.bandwidth=16MiB/s"]  # about four seconds: time to interfere
 DEADLINE_S = 60
-
-
-def scenario(*overrides):
-    return parse(TINY, default_name="tiny", overrides=overrides)
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +112,7 @@ def ballast(*arguments, **options):
 @pytest.fixture
 def slow_file(tmp_path):
     path = tmp_path / "slow.toml"
-    path.write_text(TINY + '[migration]\nskip = "none"\nbandwidth = "16MiB/s"\n')
+    path.write_text(TINY.replace("[migration]", '[migration]\nskip = "none"\nbandwidth = "16MiB/s"'))
     return path
 
 
