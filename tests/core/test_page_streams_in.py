@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dest_node.page_receiver import PageReceiver
 from host.guest_memory import HostRam
-from migration.codec import ChunkHeader, encode_chunk, page_hashes
+from migration.codec import ZERO_PAGE_HASH, ChunkHeader, encode_chunk, page_hashes
 from migration.errors import RemoteProtocolError
 from migration.pages import PAGE_BYTES, runs_of
 from migration.partition import BLOCK_PAGES, check_partition, pages_by_stream
@@ -37,6 +37,48 @@ def chunk(receiver, stream, sequence, pfns, *, zero=False):
 
 def opened(receiver):
     return receiver.begin_stream(lambda: None)
+
+
+@pytest.fixture
+def punched(receiver, monkeypatch):
+    """The runs that were punched, in order."""
+    runs, punch = [], receiver.ram.punch
+
+    def noted(first, count):
+        runs.append((first, count))
+        punch(first, count)
+
+    monkeypatch.setattr(receiver.ram, "punch", noted)
+    return runs
+
+
+def test_a_page_that_is_zero_now_is_punched_once_and_one_that_always_was_costs_nothing(
+    receiver, punched
+) -> None:
+    stream = opened(receiver)
+    receiver.store(stream, chunk(receiver, 0, 0, [3, 4, 7]))
+    receiver.store(stream, chunk(receiver, 0, 1, [2, 3, 4, 5, 7], zero=True))
+    assert punched == [(3, 2), (7, 1)]
+    assert not receiver.ram.populated().any()
+    assert (receiver.stored_hashes[[2, 3, 4, 5, 7]] == ZERO_PAGE_HASH).all()
+    assert not receiver.stored_hashes[[0, 1, 6]].any(), "no chunk named them"
+    receiver.store(stream, chunk(receiver, 0, 2, [3, 4], zero=True))
+    assert len(punched) == 2, "it is known that they are zero"
+    receiver.store(stream, chunk(receiver, 0, 3, [4]))
+    receiver.store(stream, chunk(receiver, 0, 4, [4], zero=True))
+    assert punched[2:] == [(4, 1)]
+
+
+def test_what_does_not_read_back_as_it_was_stored_is_found(receiver) -> None:
+    stream = opened(receiver)
+    receiver.store(stream, chunk(receiver, 0, 0, [1, 3, 4]))
+    receiver.store(stream, chunk(receiver, 0, 1, [4, 9], zero=True))
+    found = receiver.ram.hash_pages()
+    assert receiver.difference(found) is None
+    for pfn, value in ((3, ZERO_PAGE_HASH), (4, found[3]), (5, found[3]), (9, found[1])):
+        wrong = found.copy()
+        wrong[pfn] = value
+        assert receiver.difference(wrong) == pfn
 
 
 @given(st.sets(st.integers(0, PAGES - 1)), st.integers(1, 5))

@@ -158,13 +158,12 @@ def test_both_sides_wrap_over_65536_entries(pair: Pair):
 
 
 def test_every_device_store_is_in_its_log(pair: Pair):
-    before = bytes(pair.memory)
+    pair.device.take_stores()
     for round_index in range(5):
         pair.driver.add_inbufs(np.arange(3, dtype=np.uint64), np.full(3, 4, np.uint32))
         pair.driver.publish()
-        chains = pair.device.pop_all()
-        pair.device.take_stores()
         before = bytes(pair.memory)
+        chains = pair.device.pop_all()
         pair.device.push(chains[0].head, round_index + 1)
         pair.device.push_many([chain.head for chain in chains[1:]])
         pair.device.publish()
@@ -194,12 +193,14 @@ def test_an_undrained_store_log_becomes_the_whole_used_ring():
 
 def test_suppressed_interrupts_are_not_sent_and_enabling_says_to_look_again(pair: Pair):
     pair.driver.disable_interrupts()
-    pair.driver.add([(0, 1)], [], "a")
-    pair.driver.publish()
-    pair.device.push(pair.device.pop_all()[0].head)
-    assert not pair.device.publish()
+    for before, name in ((None, "a"), ("a", "b"), ("b", "c")):
+        assert [used.token for used in pair.driver.used()] == ([before] if before else [])
+        pair.driver.add([(0, 1)], [], name)
+        pair.driver.publish()
+        pair.device.push(pair.device.pop_all()[0].head)
+        assert not pair.device.publish()
     assert pair.driver.enable_interrupts(), "one is there already"
-    assert [used.token for used in pair.driver.used()] == ["a"]
+    assert [used.token for used in pair.driver.used()] == ["c"]
     assert not pair.driver.enable_interrupts()
     pair.driver.add([(0, 1)], [], "b")
     pair.driver.publish()

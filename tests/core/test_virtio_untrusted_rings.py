@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from virtio.balloon import F_SG, QUEUE_HINT, QUEUE_INFLATE
-from virtio.errors import GuestProtocolError
+from virtio.errors import GuestProtocolError, LocalProtocolError
 from virtio.hint_session import HintStarted, HintState, RejectedRange
 from virtio.ring_layout import layout_at
 from virtio.split_ring import DeviceRing, DriverRing
@@ -268,6 +268,22 @@ def test_hazard_9_one_pass_takes_only_so_many_bytes_to_read(chained: bool):
     while chains := ring.pop_all(readable_bytes_max=350):
         portions.append(len(chains))
     assert portions == [4] * 5
+
+
+def test_behind_a_bad_chain_nothing_is_taken_back(host: MockHost):
+    """The entry before the next one is the bad chain's: the one held before it would be lost, and it seen twice."""
+    host.guest.inflate([1])
+    host.guest.rings[QUEUE_INFLATE].add([(PAGES * PAGE, 4)], [], None)
+    host.guest.rings[QUEUE_INFLATE].publish()
+    ring = host.rings[QUEUE_INFLATE]
+    held = ring.pop()
+    assert held is not None
+    with pytest.raises(GuestProtocolError):
+        ring.pop()
+    assert ring.newest is None
+    with pytest.raises(LocalProtocolError):
+        ring.unpop(held.head)
+    assert (ring.next_avail, ring.in_flight) == (2, 1)
 
 
 def test_what_a_guest_writes_over_the_available_ring_does_not_confuse_an_unpop(host: MockHost):
