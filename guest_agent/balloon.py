@@ -52,7 +52,7 @@ from virtio.balloon_driver import (
     UsedBuffers,
     WriteActual,
 )
-from virtio.errors import RemoteProtocolError, VhostUserError
+from virtio.errors import RemoteVirtioError, VhostUserError
 from virtio.split_ring import DriverRing
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class Balloon:
     # --- the front-end's callbacks: no locks (rule 2) ---
 
     def negotiate(self, offered: int) -> int:
-        """Pick features; once picked, a later device must offer them all. Raises RemoteProtocolError."""
+        """Pick features; once picked, a later device must offer them all. Raises RemoteVirtioError."""
         self._first_config = True
         agreed = self._driver.features
         if not agreed:
@@ -284,7 +284,7 @@ class Balloon:
             self._pages.restore(saved["pages"])
             self._report.restore(saved["report"])
             self._report.wait_on_ack = has(self._driver.features, F_HINT_WAIT_ON_ACK)
-        except (RemoteProtocolError, KeyError, TypeError, AttributeError) as error:
+        except (RemoteVirtioError, KeyError, TypeError, AttributeError) as error:
             raise RestoreError(f"saved balloon driver: {error!r}") from error
 
     def close(self) -> None:

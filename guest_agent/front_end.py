@@ -38,7 +38,7 @@ from virtio.balloon import (
     BalloonConfig,
     has,
 )
-from virtio.errors import RemoteProtocolError
+from virtio.errors import RemoteVirtioError
 from virtio.vhost_user import (
     HEADER_BYTES,
     BackendReply,
@@ -64,14 +64,14 @@ __all__ = ["Driver", "FrontEnd", "drain"]
 RETRY_S = 0.02  # a node restarts in tenths of a second; looking is one system call
 EXCHANGE_S_MAX = 1.0  # below the patience of a pause: a node that hangs does not make the guest unpausable
 FEATURE_QUEUES = {F_STATS_VQ: QUEUE_STATS, F_FREE_PAGE_HINT: QUEUE_HINT, F_REPORTING: QUEUE_REPORTING}
-LOST = (OSError, RemoteProtocolError)  # what ends a connection; everything else is our own mistake
+LOST = (OSError, RemoteVirtioError)  # what ends a connection; everything else is our own mistake
 
 
 class Driver(Protocol):
     """What the front-end needs of the balloon driver. None of it may wait for the front-end."""
 
     def negotiate(self, offered: int) -> int:
-        """Pick from the features that a device offers. Raises RemoteProtocolError when they will not do."""
+        """Pick from the features that a device offers. Raises RemoteVirtioError when they will not do."""
 
     def config_changed(self, config: BalloonConfig) -> None:
         """The configuration as it was just read, at connecting and after each change."""

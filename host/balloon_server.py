@@ -34,7 +34,7 @@ from host.vhost_connection import VhostConnection
 from virtio.balloon import CMD_ID_FIRST, F_FREE_PAGE_HINT, QUEUE_DEFLATE, QUEUE_HINT, QUEUE_INFLATE, has
 from virtio.balloon_device import FEATURES_DEFAULT, BalloonDevice
 from virtio.balloon_device import DeviceState as SavedDevice
-from virtio.errors import LocalProtocolError, RemoteProtocolError, VhostUserError
+from virtio.errors import LocalVirtioError, RemoteVirtioError, VhostUserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -187,8 +187,8 @@ class BalloonServer:
 
         Raises:
             DeviceNotReady: a front-end is connected.
-            virtio.errors.RemoteProtocolError: the state cannot be, or wants a feature that is not offered.
-            migration.errors.RemoteProtocolError: the ballooned pages are not those of such a guest.
+            virtio.errors.RemoteVirtioError: the state cannot be, or wants a feature that is not offered.
+            migration.errors.RemoteVirtioError: the ballooned pages are not those of such a guest.
         """
         ballooned = unpack(state.ballooned, pages) if pages else None
         self._loop.call(lambda: self._adopt(state, ballooned))
@@ -224,7 +224,7 @@ class BalloonServer:
             raise DeviceNotReady("no guest driver is up that could hint its free pages")
         try:
             command_id = self._device.open_hints()
-        except LocalProtocolError as error:
+        except LocalVirtioError as error:
             raise DeviceNotReady(str(error)) from error
         self._done_owed = True
         try:
@@ -347,7 +347,7 @@ class BalloonServer:
         )
         try:
             self._device.restore(saved)
-        except RemoteProtocolError as error:
+        except RemoteVirtioError as error:
             raise DeviceStateUnreadable(store.path, str(error)) from error
         # The migration that asked for hints died with the node; or DONE was said, and a guest that looks rarely had
         # not read it yet. To one that holds nothing it means nothing.

@@ -42,7 +42,7 @@ from virtio.balloon import (
     mask,
 )
 from virtio.balloon_stats import STATS_BYTES_MAX, GuestStatistics, decode_stats
-from virtio.errors import GuestProtocolError, LocalProtocolError, RemoteProtocolError
+from virtio.errors import GuestProtocolError, LocalVirtioError, RemoteVirtioError
 from virtio.hint_session import HintEvent, HintSession, RejectedRange
 from virtio.page_ranges import NO_PAGES, PageRuns, merged, runs_of_pfns, whole_pages
 
@@ -102,9 +102,9 @@ class BalloonDevice:
         features_offered: int = FEATURES_DEFAULT,
         config: BalloonConfig | None = None,
     ) -> None:
-        """A device for `pages` of guest RAM. Raises LocalProtocolError for features it does not have."""
+        """A device for `pages` of guest RAM. Raises LocalVirtioError for features it does not have."""
         if features_offered & ~FEATURES_SUPPORTED or not has(features_offered, F_VERSION_1):
-            raise LocalProtocolError(f"features {features_offered:#x}, supported {FEATURES_SUPPORTED:#x}")
+            raise LocalVirtioError(f"features {features_offered:#x}, supported {FEATURES_SUPPORTED:#x}")
         self.first_page = 0
         self.pages = pages
         self.features_offered = features_offered
@@ -149,7 +149,7 @@ class BalloonDevice:
     def set_num_pages(self, num_pages: int) -> None:
         """Ask for a balloon of this size; announce the configuration change afterwards."""
         if not 0 <= num_pages <= min(self.pages, U32_MAX):
-            raise LocalProtocolError(f"{num_pages} pages of {self.pages}")
+            raise LocalVirtioError(f"{num_pages} pages of {self.pages}")
         self.config.num_pages = num_pages
 
     @property
@@ -177,10 +177,10 @@ class BalloonDevice:
     def open_hints(self) -> int:
         """Start a hint session: its id is in the configuration space now; announce the change.
 
-        Raises LocalProtocolError when hints are not usable or a session is open.
+        Raises LocalVirtioError when hints are not usable or a session is open.
         """
         if self.hints_refusal:
-            raise LocalProtocolError(self.hints_refusal)
+            raise LocalVirtioError(self.hints_refusal)
         return self.hints.open()
 
     def close_hints(self) -> None:
@@ -243,7 +243,7 @@ class BalloonDevice:
                 self.guest_errors["hint"] += 1
         return events
 
-    def count_errors(self, errors: Sequence[RemoteProtocolError]) -> None:
+    def count_errors(self, errors: Sequence[RemoteVirtioError]) -> None:
         """Count what a ring found wrong (`DeviceRing.take_errors`)."""
         for error in errors:
             self.guest_errors[error.kind] += 1
@@ -262,16 +262,16 @@ class BalloonDevice:
     def restore(self, state: DeviceState) -> None:
         """Become the device that was saved. Hints of a session that was open there are stale here.
 
-        Raises RemoteProtocolError ("device_state") when a number is out of range or a feature is not offered
+        Raises RemoteVirtioError ("device_state") when a number is out of range or a feature is not offered
         here; the device is then unchanged.
         """
         words = (state["num_pages"], state["actual"], state["poison_value"], state["next_command_id"])
         if any(not 0 <= word <= U32_MAX for word in words) or state["num_pages"] > self.pages:
-            raise RemoteProtocolError("device_state", f"{state}")
+            raise RemoteVirtioError("device_state", f"{state}")
         if not CMD_ID_DONE < state["next_command_id"] <= CMD_ID_LAST:
-            raise RemoteProtocolError("device_state", f"next command id {state['next_command_id']}")
+            raise RemoteVirtioError("device_state", f"next command id {state['next_command_id']}")
         if state["features"] & ~self.features_offered or state["features"] < 0:
-            raise RemoteProtocolError("device_state", f"features {state['features']:#x} are not offered here")
+            raise RemoteVirtioError("device_state", f"features {state['features']:#x} are not offered here")
         self.features = state["features"]
         self.config.num_pages, self.config.actual = state["num_pages"], state["actual"]
         self.config.poison_val = state["poison_value"]

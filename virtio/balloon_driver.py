@@ -35,7 +35,7 @@ from virtio.balloon import (
     has,
     mask,
 )
-from virtio.errors import DeviceProtocolError, LocalProtocolError, RemoteProtocolError
+from virtio.errors import DeviceProtocolError, LocalVirtioError, RemoteVirtioError
 
 FEATURES_WANTED = mask(
     F_MUST_TELL_HOST, F_DEFLATE_ON_OOM, F_FREE_PAGE_HINT, F_SG, F_RING_INDIRECT_DESC, F_VERSION_1
@@ -240,7 +240,7 @@ class BalloonDriver:
         return self._reporting and not self._stop_asked
 
     def handle(self, event: DriverEvent) -> list[DriverCommand]:  # noqa: PLR0911 - one for each event
-        """What one event asks for, in order. Raises LocalProtocolError for an event that cannot be now."""
+        """What one event asks for, in order. Raises LocalVirtioError for an event that cannot be now."""
         match event:
             case ConfigChanged(config):
                 return self._config_changed(config)
@@ -277,7 +277,7 @@ class BalloonDriver:
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from `save`d state; a report that ran there is over (its threads are).
 
-        Raises RemoteProtocolError ("driver_state") when the state cannot be; the driver is then unchanged.
+        Raises RemoteVirtioError ("driver_state") when the state cannot be; the driver is then unchanged.
         """
         try:
             words = [saved[name] for name in ("num_pages", "actual", "received", "active")]
@@ -286,16 +286,16 @@ class BalloonDriver:
             pending = saved["pending"]
             operation = None if pending is None else _Operation(pending[0], pending[1], pending[1])
         except (KeyError, TypeError, IndexError) as error:
-            raise RemoteProtocolError("driver_state", repr(error)) from error
+            raise RemoteVirtioError("driver_state", repr(error)) from error
         if (
             not words_valid
             or type(features) is not int
             or features & ~self._wanted
             or not isinstance(waiting, bool)
         ):
-            raise RemoteProtocolError("driver_state", f"{saved}"[:300])
+            raise RemoteVirtioError("driver_state", f"{saved}"[:300])
         if operation is not None and not _operation_valid(operation, saved["actual"]):
-            raise RemoteProtocolError("driver_state", f"pending {pending}")
+            raise RemoteVirtioError("driver_state", f"pending {pending}")
         self.num_pages, self.actual, self.command_id_received, self.command_id_active = words
         self.features, self._waiting, self._operation = features, waiting, operation
         self._reporting = self._stop_asked = False
@@ -327,7 +327,7 @@ class BalloonDriver:
 
     def _report_ended(self, command_id: int) -> list[DriverCommand]:
         if not self._reporting or command_id != self.command_id_active:
-            raise LocalProtocolError(f"no report for {command_id:#x} is running")
+            raise LocalVirtioError(f"no report for {command_id:#x} is running")
         self._reporting = self._stop_asked = False
         return self._hints()
 
@@ -346,9 +346,9 @@ class BalloonDriver:
     def _submitted(self, queue: int, pages: int, partial: bool) -> list[DriverCommand]:
         operation = self._operation
         if operation is None or operation.queue != queue or operation.pages is not None:
-            raise LocalProtocolError(f"nothing was to be submitted on queue {queue}")
+            raise LocalVirtioError(f"nothing was to be submitted on queue {queue}")
         if not 0 <= pages <= operation.asked:
-            raise LocalProtocolError(f"{pages} pages submitted, {operation.asked} asked for")
+            raise LocalVirtioError(f"{pages} pages submitted, {operation.asked} asked for")
         short = pages < operation.asked and not partial
         self._waiting = self._waiting or (queue == QUEUE_INFLATE and short)
         if pages == 0:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from virtio.errors import GuestProtocolError, LocalProtocolError
+from virtio.errors import GuestProtocolError, LocalVirtioError
 from virtio.ring_layout import (
     AVAIL_F_NO_INTERRUPT,
     CHAIN_BYTES_LIMIT,
@@ -164,12 +164,12 @@ class DeviceRing:
     def push(self, head: int, written_bytes: int = 0) -> None:
         """Give a chain back, with the number of bytes written into it. The guest sees it after `publish`.
 
-        Raises LocalProtocolError when the chain is not in flight or the length has no 32 bits.
+        Raises LocalVirtioError when the chain is not in flight or the length has no 32 bits.
         """
         if not 0 <= head < self.size or not self._in_flight[head]:
-            raise LocalProtocolError(f"chain {head} is not in flight")
+            raise LocalVirtioError(f"chain {head} is not in flight")
         if not 0 <= written_bytes < CHAIN_BYTES_LIMIT:
-            raise LocalProtocolError(f"{written_bytes} bytes written")
+            raise LocalVirtioError(f"{written_bytes} bytes written")
         self._in_flight[head] = False
         self._put_used(head, written_bytes)
 
@@ -179,10 +179,10 @@ class DeviceRing:
         if batch.size == 0:
             return
         if batch.min() < 0 or batch.max() >= self.size or not self._in_flight[batch].all():
-            raise LocalProtocolError("a chain is not in flight")
+            raise LocalVirtioError("a chain is not in flight")
         self._in_flight[batch] = False
         if np.count_nonzero(np.bincount(batch)) != batch.size:
-            raise LocalProtocolError("a chain is given back twice")
+            raise LocalVirtioError("a chain is given back twice")
         slots = (self._used + np.arange(batch.size)) & (self.size - 1)
         self._view.used[slots, 0] = batch
         self._view.used[slots, 1] = 0
@@ -197,12 +197,12 @@ class DeviceRing:
     def unpop(self, head: int) -> None:
         """Take back the newest `pop`: the chain will be popped again, here or by whoever takes the ring over.
 
-        For chains a device holds for long (statistics) when the ring is stopped. Raises LocalProtocolError
+        For chains a device holds for long (statistics) when the ring is stopped. Raises LocalVirtioError
         unless `head` is the newest chain taken and still in flight.
         """
         # Known from here and not from the available ring, which the guest may have overwritten since.
         if head != self.newest:
-            raise LocalProtocolError(f"chain {head} is not the newest in flight")
+            raise LocalVirtioError(f"chain {head} is not the newest in flight")
         self._in_flight[head] = False
         self._newest = None
         self.next_avail = (self.next_avail - 1) & 0xFFFF

@@ -18,8 +18,8 @@ import numpy as np
 from virtio.errors import (
     DeviceProtocolError,
     GuestProtocolError,
-    LocalProtocolError,
-    RemoteProtocolError,
+    LocalVirtioError,
+    RemoteVirtioError,
     RingFull,
 )
 from virtio.ring_layout import (
@@ -66,13 +66,13 @@ class DriverRing:
     def __init__(self, memory: memoryview, layout: RingLayout, *, event_idx: bool = False) -> None:
         """A ring whose memory is zero or will be `restore`d; nothing is written here.
 
-        `memory` is all of guest RAM as writable bytes. Raises LocalProtocolError when the layout is not
+        `memory` is all of guest RAM as writable bytes. Raises LocalVirtioError when the layout is not
         legal.
         """
         try:
             check_layout(layout, len(memory))
         except GuestProtocolError as error:
-            raise LocalProtocolError(str(error)) from error
+            raise LocalVirtioError(str(error)) from error
         self.layout = layout
         self._memory = memory
         self._view = RingView(memory, layout)
@@ -138,7 +138,7 @@ class DriverRing:
 
         Raises:
             RingFull: too few free descriptors; nothing was changed.
-            LocalProtocolError: no buffer at all, more than the ring's size, or a length that is not allowed.
+            LocalVirtioError: no buffer at all, more than the ring's size, or a length that is not allowed.
         """
         buffers = [*out, *in_]
         _check_buffers(buffers, self.size)
@@ -173,10 +173,10 @@ class DriverRing:
         """Offer many chains of one device-writable buffer each, in order; returns how many fitted.
 
         `reserve` descriptors are left free (for the command id that must still follow). The tokens are None.
-        Raises LocalProtocolError for a length of 0 or arrays of different lengths.
+        Raises LocalVirtioError for a length of 0 or arrays of different lengths.
         """
         if len(addresses) != len(lengths) or not np.all(lengths):
-            raise LocalProtocolError("every buffer needs an address and a length above 0")
+            raise LocalVirtioError("every buffer needs an address and a length above 0")
         count = max(0, min(len(addresses), self._free_count - reserve))
         if count == 0:
             return 0
@@ -263,13 +263,13 @@ class DriverRing:
     def save(self) -> dict[str, Any]:
         """What RAM does not say about this ring: small, of JSON types. RAM holds the rest.
 
-        Raises LocalProtocolError when a token in flight is neither None nor a small int or str.
+        Raises LocalVirtioError when a token in flight is neither None nor a small int or str.
         """
         tokens = []
         for head, token in sorted(self._tokens.items()):
             small = type(token) is int or (isinstance(token, str) and len(token) <= TOKEN_CHARACTERS_MAX)
             if not small:
-                raise LocalProtocolError(f"token of chain {head} cannot be saved: {token!r}"[:200])
+                raise LocalVirtioError(f"token of chain {head} cannot be saved: {token!r}"[:200])
             tokens.append([head, token])
         return {
             "size": self.size,
@@ -283,14 +283,14 @@ class DriverRing:
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from `save`d state and the descriptor table in RAM.
 
-        Raises RemoteProtocolError ("ring_state") when the two do not fit together; the ring is then
+        Raises RemoteVirtioError ("ring_state") when the two do not fit together; the ring is then
         unchanged.
         """
         try:
             heads, tokens = self._parse(saved)
             counts, following, used_up = self._chains_in_table(heads)
         except (KeyError, TypeError, ValueError) as error:
-            raise RemoteProtocolError("ring_state", str(error)[:200]) from error
+            raise RemoteVirtioError("ring_state", str(error)[:200]) from error
         self._forget()
         self._avail = self._published = saved["avail"]
         self._seen = saved["seen"]
@@ -395,6 +395,6 @@ class DriverRing:
 
 def _check_buffers(buffers: list[Buffer], size: int) -> None:
     if not 0 < len(buffers) <= size:
-        raise LocalProtocolError(f"a chain of {len(buffers)} buffers in a ring of {size}")
+        raise LocalVirtioError(f"a chain of {len(buffers)} buffers in a ring of {size}")
     if any(length <= 0 for _, length in buffers) or sum(length for _, length in buffers) >= CHAIN_BYTES_LIMIT:
-        raise LocalProtocolError("buffers must not be empty and a chain must stay below 4 GiB")
+        raise LocalVirtioError("buffers must not be empty and a chain must stay below 4 GiB")

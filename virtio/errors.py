@@ -1,7 +1,7 @@
 """What can go wrong in the virtio package, and whose fault it is.
 
-Rule 1: `LocalProtocolError` means this process asked for something illegal: fix the caller.
-Rule 2: `RemoteProtocolError` and its children mean the peer or the guest sent something illegal: count it,
+Rule 1: `LocalVirtioError` means this process asked for something illegal: fix the caller.
+Rule 2: `RemoteVirtioError` and its children mean the peer or the guest sent something illegal: count it,
         act as the standard says, and go on serving everyone else. Nothing a peer sends may trip an `assert`.
 Rule 3: every remote error carries a `kind`, a short stable word that counters are keyed by.
 """
@@ -13,7 +13,7 @@ class VirtioError(Exception):
     """Base of everything raised here; never raised itself."""
 
 
-class LocalProtocolError(VirtioError):
+class LocalVirtioError(VirtioError):
     """This process asked for something illegal."""
 
 
@@ -21,7 +21,7 @@ class RingFull(VirtioError):
     """The ring has too few free descriptors for this chain; take used buffers back and try again."""
 
 
-class RemoteProtocolError(VirtioError):
+class RemoteVirtioError(VirtioError):
     """The other side broke the rules.
 
     Attributes:
@@ -35,17 +35,17 @@ class RemoteProtocolError(VirtioError):
         self.detail = detail
 
 
-class GuestProtocolError(RemoteProtocolError):
+class GuestProtocolError(RemoteVirtioError):
     """A driver (the guest) broke the rules of a ring or of the balloon."""
 
 
-class DeviceProtocolError(RemoteProtocolError):
+class DeviceProtocolError(RemoteVirtioError):
     """A device broke the rules of a ring, seen from the driver."""
 
 
-class VhostUserError(RemoteProtocolError):
+class VhostUserError(RemoteVirtioError):
     """The other end of a vhost-user socket sent something illegal; the connection is of no more use."""
 
 
-class SidebandError(RemoteProtocolError):
+class SidebandError(RemoteVirtioError):
     """A message on the node's small socket to its guest agent was malformed."""

@@ -30,7 +30,7 @@ from virtio.balloon import (
     PAGE_SHIFT,
     command_id_after,
 )
-from virtio.errors import LocalProtocolError
+from virtio.errors import LocalVirtioError
 
 # A guest may report a range more than once (no walker promises otherwise); without an end it would fill our memory.
 FLOOD_FACTOR = 4
@@ -115,10 +115,10 @@ class HintSession:
     def __init__(self, next_command_id: int = CMD_ID_FIRST) -> None:
         """Sessions whose first id is `next_command_id` (2 or more).
 
-        Raises LocalProtocolError for an id that must never be issued.
+        Raises LocalVirtioError for an id that must never be issued.
         """
         if not CMD_ID_DONE < next_command_id <= CMD_ID_LAST:
-            raise LocalProtocolError(f"{next_command_id} is no command id")
+            raise LocalVirtioError(f"{next_command_id} is no command id")
         self.state = HintState.IDLE
         self.next_command_id = next_command_id
         self._current: int | None = None
@@ -147,13 +147,13 @@ class HintSession:
     def open(self) -> int:
         """Ask the guest for a report: returns the new id, to be shown in the configuration space.
 
-        Raises LocalProtocolError when a session is open, or when all 2**31 ids wait for the guest's STOP.
+        Raises LocalVirtioError when a session is open, or when all 2**31 ids wait for the guest's STOP.
         """
         if self.state not in OPEN_FROM:
-            raise LocalProtocolError(f"a hint session is {self.state.value} already")
+            raise LocalVirtioError(f"a hint session is {self.state.value} already")
         command_id = self.next_command_id
         if command_id == self._oldest_unended:
-            raise LocalProtocolError(f"id {command_id:#x} was used and the guest never ended its report")
+            raise LocalVirtioError(f"id {command_id:#x} was used and the guest never ended its report")
         if self._oldest_unended is None:
             self._oldest_unended = command_id
         self.next_command_id = command_id_after(command_id)

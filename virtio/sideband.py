@@ -15,7 +15,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from virtio.errors import LocalProtocolError, SidebandError
+from virtio.errors import LocalVirtioError, SidebandError
 
 VERSION = 1
 MESSAGE_BYTES_MAX = 64 * 1024  # far below the default SO_SNDBUF; larger things travel as memfds
@@ -164,20 +164,18 @@ def encode(op: str, **fields: Any) -> bytes:
     `op` is the name of a request, `REPLY` or `NOTIFY`. A request needs `id`; a reply `id` and `ok`.
 
     Raises:
-        LocalProtocolError: our own message would not pass `decode`, or is larger than 64 KiB.
+        LocalVirtioError: our own message would not pass `decode`, or is larger than 64 KiB.
     """
     message = dict(fields) if op == REPLY else {"op": op, **fields}
     try:
         _check(op, fields)
         data = json.dumps(message, separators=(",", ":"), allow_nan=False).encode()
     except SidebandError as error:
-        raise LocalProtocolError(f"sideband message {op!r}: {error}") from error
+        raise LocalVirtioError(f"sideband message {op!r}: {error}") from error
     except (TypeError, ValueError) as error:
-        raise LocalProtocolError(f"sideband message {op!r} is not JSON: {error}") from error
+        raise LocalVirtioError(f"sideband message {op!r} is not JSON: {error}") from error
     if len(data) > MESSAGE_BYTES_MAX:
-        raise LocalProtocolError(
-            f"sideband message {op!r} has {len(data)} bytes, at most {MESSAGE_BYTES_MAX}"
-        )
+        raise LocalVirtioError(f"sideband message {op!r} has {len(data)} bytes, at most {MESSAGE_BYTES_MAX}")
     return data
 
 

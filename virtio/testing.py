@@ -24,7 +24,7 @@ from virtio.balloon import (
     QUEUE_STATS,
 )
 from virtio.balloon_device import BalloonDevice, reader
-from virtio.errors import LocalProtocolError
+from virtio.errors import LocalVirtioError
 from virtio.ring_layout import DESCRIPTOR_BYTES, RingLayout, layout_at, ring_bytes
 from virtio.split_ring import DeviceRing, DriverRing, Used
 
@@ -52,11 +52,11 @@ class MockDriver:
     def __init__(
         self, memory: memoryview, *, area: int = PAGE_BYTES, ring_size: int = 256, event_idx: bool = False
     ) -> None:
-        """Lay the rings out. Raises LocalProtocolError when `memory` is too small."""
+        """Lay the rings out. Raises LocalVirtioError when `memory` is too small."""
         step = -(-ring_bytes(ring_size) // PAGE_BYTES) * PAGE_BYTES
         self.area_bytes = QUEUE_COUNT * step + _SCRATCH_PAGES * PAGE_BYTES
         if area % PAGE_BYTES or area + self.area_bytes > len(memory):
-            raise LocalProtocolError(f"{self.area_bytes} bytes from {area:#x} do not fit {len(memory)}")
+            raise LocalVirtioError(f"{self.area_bytes} bytes from {area:#x} do not fit {len(memory)}")
         self.memory = memory
         self.layouts: list[RingLayout] = [
             layout_at(area + step * queue, ring_size) for queue in range(QUEUE_COUNT)
@@ -70,7 +70,7 @@ class MockDriver:
     def write_buffer(self, data: bytes) -> tuple[int, int]:
         """Put up to 1 KiB into the buffer whose turn it is; returns it as (guest address, length)."""
         if len(data) > _SCRATCH_BYTES:
-            raise LocalProtocolError(f"{len(data)} bytes in a buffer of {_SCRATCH_BYTES}")
+            raise LocalVirtioError(f"{len(data)} bytes in a buffer of {_SCRATCH_BYTES}")
         slots = _SCRATCH_PAGES * PAGE_BYTES // _SCRATCH_BYTES
         address = self._scratch + self._turn % slots * _SCRATCH_BYTES
         self._turn += 1

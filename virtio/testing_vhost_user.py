@@ -11,7 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from virtio.balloon import QUEUE_COUNT, BalloonConfig
-from virtio.errors import RemoteProtocolError
+from virtio.errors import RemoteVirtioError
 from virtio.ring_layout import layout_at
 from virtio.split_ring import DeviceRing
 from virtio.vhost_user import (
@@ -78,7 +78,7 @@ class MockBackend:
             self.log.append(effect)
             try:
                 self._do(effect)
-            except RemoteProtocolError:
+            except RemoteVirtioError:
                 for undone in effects[done:]:
                     if isinstance(undone, MapRegion | BackendChannel | CloseFds):
                         self._do(undone)

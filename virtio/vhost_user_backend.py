@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from virtio.errors import LocalProtocolError, VhostUserError
+from virtio.errors import LocalVirtioError, VhostUserError
 from virtio.ring_layout import SIZE_MAX, RingLayout
 from virtio.vhost_user_messages import (
     CONFIG_HEAD,
@@ -230,10 +230,10 @@ class BackendSession:
 
         Raises:
             VhostUserError: the front-end broke the protocol (rule 2).
-            LocalProtocolError: a StopRing has not been answered yet.
+            LocalVirtioError: a StopRing has not been answered yet.
         """
         if self.failed or self._pending is not None:
-            raise LocalProtocolError("the session has failed" if self.failed else "a StopRing is unanswered")
+            raise LocalVirtioError("the session has failed" if self.failed else "a StopRing is unanswered")
         self._orphans += message.fds
         try:
             effects = self._handle(message)
@@ -247,11 +247,11 @@ class BackendSession:
     def ring_stopped(self, index: int, next_avail: int) -> list[Effect]:
         """Answer a `StopRing`: the ring's base is `next_avail`. Returns what to do next.
 
-        Raises LocalProtocolError when no such answer was awaited.
+        Raises LocalVirtioError when no such answer was awaited.
         """
         pending = self._pending
         if pending is None or index not in pending.indices:
-            raise LocalProtocolError(f"ring {index} was not asked to stop")
+            raise LocalVirtioError(f"ring {index} was not asked to stop")
         pending.indices.remove(index)
         self._rings[index].base = next_avail & 0xFFFF
         if pending.indices:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from virtio.balloon import CONFIG_BYTES
-from virtio.errors import LocalProtocolError, VhostUserError
+from virtio.errors import LocalVirtioError, VhostUserError
 from virtio.vhost_user_messages import (
     CONFIG_HEAD,
     F_PROTOCOL_FEATURES,
@@ -197,7 +197,7 @@ class FrontendSession:
         Raises VhostUserError when it is not the answer that was awaited.
         """
         if self.failed:
-            raise LocalProtocolError("the session has failed")
+            raise LocalVirtioError("the session has failed")
         try:
             actions = self._take_answer(message)
         except VhostUserError:
@@ -211,7 +211,7 @@ class FrontendSession:
         Raises VhostUserError for anything else than CONFIG_CHANGE_MSG.
         """
         if self.failed:
-            raise LocalProtocolError("the session has failed")
+            raise LocalVirtioError("the session has failed")
         if message.is_reply or message.request != BackendRequest.CONFIG_CHANGE_MSG or message.payload:
             self.failed = True
             raise VhostUserError("backend_request", f"request {message.request} flags {message.flags:#x}")
@@ -222,7 +222,7 @@ class FrontendSession:
 
     def _then(self, *steps: _Step) -> list[Action]:
         if self.failed:
-            raise LocalProtocolError("the session has failed")
+            raise LocalVirtioError("the session has failed")
         self._steps += steps
         return self._advance()
 
@@ -269,7 +269,7 @@ class FrontendSession:
         device = offered & ~(1 << F_PROTOCOL_FEATURES)
         self.features = self._negotiate(device)
         if self.features & ~device:
-            raise LocalProtocolError(f"features {self.features:#x} picked, {device:#x} offered")
+            raise LocalVirtioError(f"features {self.features:#x} picked, {device:#x} offered")
         if device == offered:
             raise VhostUserError("protocol_features", "the back-end has no configuration space")
         self._steps.appendleft(_Step(Request.GET_PROTOCOL_FEATURES))
@@ -306,7 +306,7 @@ class FrontendSession:
 
     def _ring_steps(self, ring: RingSetup) -> list[_Step]:
         if self._user_address is None:
-            raise LocalProtocolError("rings cannot start before set_memory")
+            raise LocalVirtioError("rings cannot start before set_memory")
         origin, layout = self._user_address, ring.layout
         addresses = (origin + layout.desc, origin + layout.used, origin + layout.avail)
         return [

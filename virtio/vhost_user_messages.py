@@ -15,7 +15,7 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
-from virtio.errors import LocalProtocolError, VhostUserError
+from virtio.errors import LocalVirtioError, VhostUserError
 
 HEADER = struct.Struct("<III")  # request, flags, payload bytes
 HEADER_BYTES = HEADER.size
@@ -103,9 +103,9 @@ class Message:
         return bool(self.flags & FLAG_NEED_REPLY)
 
     def to_bytes(self) -> bytes:
-        """Header and payload. Raises LocalProtocolError when the payload is too long."""
+        """Header and payload. Raises LocalVirtioError when the payload is too long."""
         if len(self.payload) > PAYLOAD_BYTES_MAX:
-            raise LocalProtocolError(f"payload of {len(self.payload)} bytes")
+            raise LocalVirtioError(f"payload of {len(self.payload)} bytes")
         return HEADER.pack(self.request, self.flags, len(self.payload)) + self.payload
 
 

@@ -18,7 +18,7 @@ from testbed.sim.plants import Plant
 from testbed.sim.world import MS
 from virtio.balloon import CMD_ID_FIRST
 from virtio.balloon_device import BalloonDevice, reader
-from virtio.errors import LocalProtocolError
+from virtio.errors import LocalVirtioError
 from virtio.hint_session import HintState
 from virtio.split_ring import DeviceRing
 
@@ -132,7 +132,7 @@ class SimBalloon:
             raise DeviceNotReady("no guest driver is up that could hint its free pages")
         try:
             command_id = self.device.open_hints()
-        except LocalProtocolError as error:
+        except LocalVirtioError as error:
             raise DeviceNotReady(str(error)) from error
         self._done_owed = True
         self._keep()

@@ -47,7 +47,7 @@ from virtio.balloon_driver import (
     UsedBuffers,
     WriteActual,
 )
-from virtio.errors import DeviceProtocolError, GuestProtocolError, LocalProtocolError, RemoteProtocolError
+from virtio.errors import DeviceProtocolError, GuestProtocolError, LocalVirtioError, RemoteVirtioError
 from virtio.split_ring import Chain, DeviceRing
 from virtio.testing import MockDriver
 
@@ -100,9 +100,9 @@ def device() -> BalloonDevice:
 
 
 def test_a_device_offers_only_what_it_does():
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         BalloonDevice(PAGES, features_offered=mask(F_VERSION_1, 7))
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         BalloonDevice(PAGES, features_offered=mask(F_FREE_PAGE_HINT))
     made = BalloonDevice(PAGES, features_offered=mask(F_VERSION_1))
     assert not made.negotiate(mask(F_VERSION_1, F_MUST_TELL_HOST))
@@ -127,7 +127,7 @@ def test_the_driver_writes_actual_and_nothing_else():
 
 @pytest.mark.parametrize("num_pages", [-1, PAGES + 1])
 def test_a_balloon_is_not_larger_than_the_guest(num_pages: int):
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         device().set_num_pages(num_pages)
 
 
@@ -202,7 +202,7 @@ def test_a_device_moves_and_does_not_issue_an_id_twice():
 def test_a_state_that_cannot_be_is_refused_and_changes_nothing(change: dict[str, int]):
     made = device()
     before = made.save()
-    with pytest.raises(RemoteProtocolError):
+    with pytest.raises(RemoteVirtioError):
         made.restore(before | change)
     assert made.save() == before
 
@@ -377,11 +377,11 @@ def test_without_the_feature_command_ids_mean_nothing():
 def test_events_that_cannot_be_are_our_own_mistake():
     made = driver()
     for event in (Submitted(QUEUE_INFLATE, 1), ReportEnded(7)):
-        with pytest.raises(LocalProtocolError):
+        with pytest.raises(LocalVirtioError):
             made.handle(event)
     made.handle(ConfigChanged(BalloonConfig(num_pages=5)))
     for event in (Submitted(QUEUE_DEFLATE, 1), Submitted(QUEUE_INFLATE, 6), Submitted(QUEUE_INFLATE, -1)):
-        with pytest.raises(LocalProtocolError):
+        with pytest.raises(LocalVirtioError):
             made.handle(event)
 
 
@@ -427,7 +427,7 @@ def test_what_was_not_submitted_is_asked_for_again_after_restore():
     ],
 )
 def test_driver_state_that_cannot_be_is_refused(change: dict[str, object]):
-    with pytest.raises(RemoteProtocolError):
+    with pytest.raises(RemoteVirtioError):
         BalloonDriver().restore(driver().save() | change)
 
 

@@ -23,7 +23,7 @@ from virtio.balloon_driver import (
     UsedBuffers,
     WriteActual,
 )
-from virtio.errors import LocalProtocolError
+from virtio.errors import LocalVirtioError
 
 
 def driver(pages: int = 0, target: int | None = None) -> BalloonDriver:
@@ -105,5 +105,5 @@ def test_what_is_left_to_find_counts_what_is_on_its_way() -> None:
 
 @pytest.mark.parametrize("pages", [-1, 101])
 def test_more_than_was_asked_for_is_our_own_mistake(pages: int) -> None:
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         driver(target=100).handle(Submitted(QUEUE_INFLATE, pages))

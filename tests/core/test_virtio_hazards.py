@@ -19,7 +19,7 @@ from virtio.balloon import (
     mask,
 )
 from virtio.balloon_device import FEATURES_SUPPORTED, BalloonDevice
-from virtio.errors import LocalProtocolError
+from virtio.errors import LocalVirtioError
 from virtio.hint_session import (
     HintRange,
     HintSession,
@@ -90,7 +90,7 @@ def test_hazard_3_ids_wrap_and_never_fall_below_the_first():
     assert session.open() == CMD_ID_FIRST
     session.close()
     session.next_command_id = CMD_ID_LAST  # 2**31 sessions later, and the guest never said STOP
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         session.open()
     assert session.feed_command(CMD_ID_STOP.to_bytes(4, "little")) == StaleCommand(CMD_ID_STOP)
     assert session.open() == CMD_ID_LAST
@@ -98,7 +98,7 @@ def test_hazard_3_ids_wrap_and_never_fall_below_the_first():
 
 @pytest.mark.parametrize("command_id", [-1, 0, 1, 1 << 32])
 def test_hazard_3_stop_and_done_are_no_ids(command_id: int):
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         HintSession(command_id)
 
 
@@ -120,7 +120,7 @@ def test_hazard_3_a_late_stop_does_not_free_the_id_that_was_asked_for_since():
     assert session.feed_command(bytes(4)) == StaleCommand(CMD_ID_STOP)
     session.close()
     session.next_command_id = command_id
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         session.open()
 
 
@@ -234,7 +234,7 @@ def test_hazard_7_hints_are_off_for_a_guest_that_poisons():
     assert device.hints_usable, "freed pages read as zero: init_on_free"
     assert device.write_config(12, b"\xaa\xaa\xaa\xaa")
     assert not device.hints_usable
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         device.open_hints()
 
 

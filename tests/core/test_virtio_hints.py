@@ -7,7 +7,7 @@ from typing import Self
 import pytest
 
 from virtio.balloon import CMD_ID_DONE, CMD_ID_FIRST, CMD_ID_STOP
-from virtio.errors import LocalProtocolError
+from virtio.errors import LocalVirtioError
 from virtio.hint_session import (
     HintEvent,
     HintRange,
@@ -167,5 +167,5 @@ def test_a_session_that_is_open_is_not_opened_again(started: bool):
     command_id = session.open()
     if started:
         session.feed_command(command_id.to_bytes(4, "little"))
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         session.open()

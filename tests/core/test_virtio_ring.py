@@ -10,8 +10,8 @@ import pytest
 from virtio.errors import (
     DeviceProtocolError,
     GuestProtocolError,
-    LocalProtocolError,
-    RemoteProtocolError,
+    LocalVirtioError,
+    RemoteVirtioError,
     RingFull,
 )
 from virtio.split_ring import (
@@ -74,7 +74,7 @@ def test_an_illegal_layout_is_the_guests_fault_for_a_device_and_ours_for_a_drive
     with pytest.raises(GuestProtocolError) as caught:
         DeviceRing(memory, layout)
     assert caught.value.kind == "ring_layout"
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         DriverRing(memory, layout)
 
 
@@ -244,10 +244,10 @@ def test_unpop_takes_only_the_newest_chain_back(pair: Pair):
     pair.driver.add([(0, 1)], [], None)
     pair.driver.publish()
     first, second = pair.device.pop_all()
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         pair.device.unpop(first.head)
     pair.device.unpop(second.head)
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         pair.device.push(second.head)
     assert pair.device.pop() == second
 
@@ -292,7 +292,7 @@ def test_saved_state_is_small_for_a_full_ring():
 
 def test_a_token_that_would_not_survive_is_refused_at_save(pair: Pair):
     pair.driver.add([(0, 1)], [], object())
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         pair.driver.save()
 
 
@@ -315,7 +315,7 @@ def test_saved_state_that_does_not_fit_is_refused(change: dict[str, object]):
     pair = Pair()
     pair.driver.add([(1, 1), (2, 2)], [], "a")
     saved = pair.driver.save() | change
-    with pytest.raises(RemoteProtocolError) as caught:
+    with pytest.raises(RemoteVirtioError) as caught:
         DriverRing(pair.memory, pair.layout).restore(saved)
     assert caught.value.kind == "ring_state"
 
@@ -343,19 +343,19 @@ def test_a_device_gives_back_only_what_it_holds(pair: Pair):
     chain = pair.device.pop()
     assert chain is not None
     for heads in ([chain.head, chain.head], [chain.head, 5], [8], [-1]):
-        with pytest.raises(LocalProtocolError):
+        with pytest.raises(LocalVirtioError):
             pair.device.push_many(heads)
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         pair.device.push(chain.head, 1 << 32)
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         pair.device.push(7)
 
 
 @pytest.mark.parametrize("buffers", [[], [(0, 0)], [(0, 1 << 31), (0, 1 << 31)], [(0, 1)] * 9])
 def test_a_driver_adds_no_illegal_chain(pair: Pair, buffers: list[tuple[int, int]]):
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         pair.driver.add(buffers, [], None)
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         pair.driver.add_inbufs(np.zeros(2, np.uint64), np.zeros(2, np.uint32))
 
 

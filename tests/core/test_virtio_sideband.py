@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virtio import sideband
-from virtio.errors import LocalProtocolError, SidebandError
+from virtio.errors import LocalVirtioError, SidebandError
 
 DEVICE = {
     "features": 1 << 32,
@@ -50,7 +50,7 @@ def test_every_operation_of_the_contract_is_there():
 def test_requests_decode_to_what_was_encoded(op: str, fields: dict[str, object]):
     assert sideband.decode(sideband.encode(op, id=7, **fields)) == (op, {"id": 7, **fields})
     for name in ("id", *fields):
-        with pytest.raises(LocalProtocolError):
+        with pytest.raises(LocalVirtioError):
             sideband.encode(op, **({"id": 7, **fields} | {name: None}))
         message = {"op": op, "id": 7, **fields}
         del message[name]
@@ -71,7 +71,7 @@ def test_replies_have_the_requests_id_and_no_operation():
 def test_notifications_have_an_event_and_no_id():
     data = sideband.encode(sideband.NOTIFY, event="oom", pages=3)
     assert sideband.decode(data) == (sideband.NOTIFY, {"event": "oom", "pages": 3})
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         sideband.encode(sideband.NOTIFY, event="party")
 
 
@@ -126,11 +126,11 @@ def test_malformed_datagrams_are_refused(data: bytes, kind: str):
 
 
 def test_our_own_messages_stay_below_64_kib_and_are_json():
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         sideband.encode("hello", id=1, padding="x" * 65_536)
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         sideband.encode("hello", id=1, extra=float("nan"))
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         sideband.encode("hello", id=1, extra=object())
 
 

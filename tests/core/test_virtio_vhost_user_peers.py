@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from virtio import vhost_user_messages as wire
 from virtio.balloon import F_FREE_PAGE_HINT, F_VERSION_1, mask
-from virtio.errors import LocalProtocolError, VhostUserError
+from virtio.errors import LocalVirtioError, VhostUserError
 from virtio.split_ring import layout_at
 from virtio.testing_vhost_user import USER_ADDRESS, JoinedSessions, MockBackend
 from virtio.vhost_user import (
@@ -115,9 +115,9 @@ def test_the_reply_to_get_vring_base_waits_for_the_device(pair: JoinedSessions):
     session = pair.host.session
     payload = struct.pack("<II", 2, 0)
     assert session.feed(Message(Request.GET_VRING_BASE, 1, payload)) == [StopRing(2)]
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         session.feed(Message(Request.GET_FEATURES))
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         session.ring_stopped(1, 0)
     assert session.ring_stopped(2, 41) == [Reply(reply(Request.GET_VRING_BASE, struct.pack("<II", 2, 41)))]
 
@@ -178,7 +178,7 @@ def test_a_violation_ends_the_session_and_leaks_nothing(request_number: int, pay
     with pytest.raises(VhostUserError):
         host.receive(Message(request_number, 1, payload).to_bytes(), tuple(range(fds)))
     assert host.session.failed
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         host.session.feed(Message(Request.GET_FEATURES))
     host.disconnect()
 
@@ -228,7 +228,7 @@ def test_a_front_end_takes_no_other_answer_than_the_one_it_waits_for(answer: Mes
     with pytest.raises(VhostUserError):
         front.feed(answer)
     assert front.failed
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         front.start()
 
 
@@ -242,7 +242,7 @@ def test_a_refusal_ends_the_front_ends_session(pair: JoinedSessions):
 
 def test_rings_before_memory_are_our_own_mistake(pair: JoinedSessions):
     pair.run(pair.front.start())
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         pair.front.start_rings(pair.setups())
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from migration.codec import UNPACKED, ChunkHeader, Packing, chunk_hash, decode_chunk, page_hashes, verify
-from migration.errors import RemoteProtocolError as PeerError
+from migration.errors import RemoteProtocolError
 from migration.packing import unpack
 from migration.pages import PAGE_BYTES, pfns_of
 from migration.pb.migration_pb2 import PageChunk
@@ -55,14 +55,14 @@ def chunk(data: bytes) -> None:
         message = signed
     try:
         decoded = decode_chunk(message, pages=GUEST_PAGES)
-    except PeerError:
+    except RemoteProtocolError:
         return
     _check_as_protobuf_reads_it(message, decoded)
     try:
         unpacked = decoded if decoded.packing is UNPACKED else unpack(decoded, _older)
         assert unpacked.data.nbytes == decoded.data_page_count * PAGE_BYTES
         verify(unpacked)
-    except PeerError:
+    except RemoteProtocolError:
         return
     pfns = pfns_of(unpacked.run_first, unpacked.run_pages)
     zero = pfns_of(unpacked.zero_first, unpacked.zero_pages)

@@ -20,7 +20,7 @@ from host.balloon_server import BalloonServer
 from host.device_log import DeviceLog
 from tests.live.balloon_guest import Guest, fixture_device, fixture_guests, wait_until
 from virtio.balloon import CMD_ID_DONE, CMD_ID_FIRST, CMD_ID_STOP, QUEUE_HINT, BalloonConfig
-from virtio.errors import RemoteProtocolError
+from virtio.errors import RemoteVirtioError
 from virtio.split_ring import DeviceRing
 
 guests = fixture_guests
@@ -189,7 +189,7 @@ def test_a_device_that_lacks_an_agreed_feature_is_not_taken(guests: Callable[[in
     guest = guests(64 << 20)
     agreed = guest.balloon.negotiate(FEATURES)
     assert guest.balloon.negotiate(FEATURES | 1 << 5) == agreed
-    with pytest.raises(RemoteProtocolError, match="features"):
+    with pytest.raises(RemoteVirtioError, match="features"):
         guest.balloon.negotiate(1 << 32)
     assert guest.balloon.features == agreed
 

@@ -28,7 +28,7 @@ from virtio.balloon import (
     QUEUE_HINT,
     QUEUE_INFLATE,
 )
-from virtio.errors import RemoteProtocolError
+from virtio.errors import RemoteVirtioError
 
 pytestmark = pytest.mark.live
 host = pytest.fixture(fixture_host)
@@ -105,7 +105,7 @@ def test_another_host_takes_the_device_over(host, guest, tmp_path):
 
 def test_a_state_that_cannot_be_is_refused(host):
     state = DeviceState(1 << 63, 0, 0, 0, CMD_ID_FIRST, False, (0,) * 5)
-    with pytest.raises(RemoteProtocolError, match="not offered"):
+    with pytest.raises(RemoteVirtioError, match="not offered"):
         host.server.adopt_state(state)
 
 
