@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from virtio.balloon import F_SG, QUEUE_HINT, QUEUE_INFLATE
-from virtio.errors import GuestProtocolError, LocalProtocolError
+from virtio.errors import GuestProtocolError, LocalVirtioError
 from virtio.hint_session import HintStarted, HintState, RejectedRange
 from virtio.ring_layout import layout_at
 from virtio.split_ring import DeviceRing, DriverRing
@@ -281,7 +281,7 @@ def test_behind_a_bad_chain_nothing_is_taken_back(host: MockHost):
     with pytest.raises(GuestProtocolError):
         ring.pop()
     assert ring.newest is None
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(LocalVirtioError):
         ring.unpop(held.head)
     assert (ring.next_avail, ring.in_flight) == (2, 1)
 
