@@ -26,6 +26,7 @@ from migration.codec import ZERO_PAGE_HASH, ChunkHeader, encode_chunk, image_dig
 from migration.pages import PAGE_BYTES
 from migration.pb import migration_pb2 as pb
 from migration.pb import migration_pb2_grpc
+from tests.core.intake_bed import StandInBalloon
 
 PAGES = 64
 SERVICE = pb.DESCRIPTOR.services_by_name["Migration"].full_name
@@ -59,19 +60,6 @@ class StandInGuest:
         self.state = "standby"
 
     def take_ram(self):
-        pass
-
-
-class StandInBalloon:
-    """A device that takes over what it is told."""
-
-    def adopt_state(self, state, pages):
-        pass
-
-    def ballooned(self, pages):
-        return np.zeros(pages, np.bool_)
-
-    def hints_done(self):
         pass
 
 
