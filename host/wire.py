@@ -45,6 +45,7 @@ COUNTERS: Final = (
 )  # fmt: skip
 ANNOUNCED_NS_MAX: Final = 500_000_000  # after a connection ended; a worker that need not wait takes 1 ms
 Figures: TypeAlias = tuple[int, ...]  # in the order of COUNTERS
+UNMEASURED_US: Final = 2**32 - 1  # tcpi_min_rtt before the first round trip
 ZEROES: Final[Figures] = (0,) * len(COUNTERS)
 
 
@@ -87,6 +88,7 @@ class ConnectionMeter(ABC):
         self._seen: dict[int, Figures] = {}  # socket cookie -> the latest figures
         self._ended: set[int] = set()
         self._unheard: set[int] = set()
+        self._round_trip_us = UNMEASURED_US
 
     def sample(self) -> WireCount:
         """Read the kernel's counters now; about 1 ms."""
@@ -103,6 +105,11 @@ class ConnectionMeter(ABC):
             return WireCount(
                 sent, received, again, count, segments_out, segments_in, len(self._unheard - self._ended)
             )
+
+    @property
+    def round_trip_ms(self) -> float:
+        """The shortest of all round trips that a sample has seen so far; 0 when it has seen none."""
+        return 0.0 if self._round_trip_us == UNMEASURED_US else self._round_trip_us / 1e3
 
     def close(self) -> None:
         """Ends the subscription."""
@@ -124,6 +131,8 @@ class ConnectionMeter(ABC):
             if message["idiag_inode"] in inodes or cookie in self._seen:
                 self._seen[cookie] = _figures(message)
                 alive.add(cookie)
+                round_trip_us = int(message.get_attr("INET_DIAG_INFO")["tcpi_min_rtt"])
+                self._round_trip_us = min(self._round_trip_us, round_trip_us)
         return alive
 
     def _hear(self, alive: set[int]) -> None:

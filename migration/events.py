@@ -11,6 +11,7 @@ from enum import Enum
 
 import numpy as np
 
+from migration.handover import NO_TIME, Handover
 from migration.identity import AttemptKey
 from migration.page_bits import PageBits
 from migration.pages import BoolArray, U64Array
@@ -106,10 +107,12 @@ class TrackingStarted:
     """From now on every write of the guest is in some later harvest.
 
     `ballooned` (pages,): in the balloon and a hole, looked up afterwards: neither read nor sent, as the destination
-    has zeroes there and so has the guest when it takes them back. None: no such pages.
+    has zeroes there and so has the guest when it takes them back. None: no such pages. `handover`: what the stop is
+    expected to take beside its pages.
     """
 
     ballooned: BoolArray | PageBits | None = None
+    handover: Handover = NO_TIME
 
 
 @dataclass(frozen=True, slots=True)

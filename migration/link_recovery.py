@@ -1,9 +1,10 @@
 """A connection that was lost and may come back: what to ask, when to ask again, and what it cost.
 
 Rule 1: what a loss means is a matter of the phase alone, as data (RECOVERIES).
-Rule 2: the destination is asked at once, and after every failure again a moment later, until `link_timeout_ms` is
+Rule 2: the destination is asked at once, and after every failure again a moment later, until the link's time is
         over; one timer stands for all of it, whatever the machine does meanwhile.
-Rule 3: the streams go on only after the destination said what it has stored. News of the lost connection that
+Rule 3: a guest that stands still waits for the link as well: for that there is a shorter time of its own.
+Rule 4: the streams go on only after the destination said what it has stored. News of the lost connection that
         come late change nothing but the moment of the next question.
 """
 
@@ -28,6 +29,7 @@ from migration.source_phases import RECOVERIES, Recovery
 if TYPE_CHECKING:
     from migration.events import DestinationResumed
     from migration.identity import AttemptKey
+    from migration.rounds import Limits
     from migration.source_phases import SourcePhase
 
 LINK_RETRY_MS = 200  # gRPC itself waits as long before it connects anew
@@ -45,8 +47,7 @@ class Link(Enum):
 class LinkRecovery:
     """The connection of one attempt."""
 
-    def __init__(self, key: AttemptKey, link_timeout_ms: int) -> None:
-        self.link_timeout_ms = link_timeout_ms
+    def __init__(self, key: AttemptKey, limits: Limits) -> None:
         self.state = Link.UP
         self.lost_at_ns = 0
         self.reason = ""
@@ -54,6 +55,8 @@ class LinkRecovery:
         self.paused_ns = 0
         self.resent_pages = 0
         self._key = key
+        self._limits = limits
+        self._limit = ""  # that was in force when it was lost, in words
         self._lost_again = False
 
     @property
@@ -61,16 +64,23 @@ class LinkRecovery:
         """Whether pages may be sent."""
         return self.state is Link.UP
 
+    def patience(self, *, paused: bool) -> tuple[str, int]:
+        """The time that a link lost now has to come back: its name, and ms (0: none). `paused`: the guest is."""
+        limits = self._limits
+        if paused and limits.link_timeout_paused_ms is not None:
+            return "link_timeout_paused", min(limits.link_timeout_paused_ms, limits.link_timeout_ms)
+        return "link_timeout", limits.link_timeout_ms
+
     def lost(
-        self, phase: SourcePhase, question: SendPrepare | None, reason: str, now_ns: int
+        self, phase: SourcePhase, question: SendPrepare | None, reason: str, now_ns: int, *, paused: bool
     ) -> list[SourceCommand]:
         """The connection broke, or could not be had again. `question`: the Prepare that may be asked again."""
         if self.state is Link.UP:
+            name, patience_ms = self.patience(paused=paused)
+            self._limit = f"{name} = {patience_ms} ms"
             self.lost_at_ns, self.reason, self._lost_again = now_ns, reason, False
-            note = Note(
-                "link_lost", {"phase": phase.name, "reason": reason, "link_timeout_ms": self.link_timeout_ms}
-            )
-            return [note, ArmTimer(Timer.LINK, self.link_timeout_ms), *self.ask(phase, question)]
+            note = Note("link_lost", {"phase": phase.name, "reason": reason, "link_timeout_ms": patience_ms})
+            return [note, ArmTimer(Timer.LINK, patience_ms), *self.ask(phase, question)]
         if self.state is Link.RESUMING:
             self._lost_again = True
             return []
@@ -120,7 +130,7 @@ class LinkRecovery:
 
     def given_up(self) -> str:
         """Why the attempt ends, once the time is over."""
-        return f"the link stayed lost beyond link_timeout = {self.link_timeout_ms} ms ({self.reason})"
+        return f"the link stayed lost beyond {self._limit} ({self.reason})"
 
     def to_dict(self) -> dict[str, object]:
         """The result document's `recoveries`."""

@@ -10,6 +10,7 @@ Rule 4: everything comes in as measured; what is assumed is a named constant, an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ import numpy as np
 
 from migration.errors import LocalProtocolError
 from migration.events import Skip
+from migration.handover import Handover, expected
 from migration.pages import PAGE_BYTES
-from migration.rounds import DecisionKind, RoundStats, decide, estimated_downtime_ms, estimated_rate
+from migration.rounds import DecisionKind, RoundStats, decide, estimated_rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 RATE_BYTES_PER_S_ASSUMED = 900_000_000
 SETUP_MS_ASSUMED = 15.0  # the destination's memory, the connection, arming the tracker
 ROUND_MS_ASSUMED = 5.0  # a harvest, a hint report, the last acknowledgements
-SWITCH_MS_ASSUMED = 25.0  # pause, state, Prepare, Commit, resume: what the stop takes beside its pages
+SWITCH_MS_ASSUMED = sum(
+    expected({}, 0.0).parts(0.0, math.inf).values()
+)  # what the stop takes beside its pages
 
 
 class DirtyCurve:
@@ -239,7 +243,10 @@ def _go_on(  # noqa: PLR0917 - one state of rounds, spelled out
     throttle_percent = 0
     while True:
         remaining = round(dirtied)
-        stats = RoundStats(index, elapsed_ms, remaining, rate, tuple(before), throttle_percent)
+        stats = RoundStats(
+            index, elapsed_ms, remaining, rate, tuple(before), throttle_percent,
+            handover=Handover(prepare=costs.switch_ms),
+        )  # fmt: skip
         decision = decide(stats, limits)
         if decision.kind in {DecisionKind.STOP_COPY, DecisionKind.CANCEL}:
             break
@@ -251,7 +258,7 @@ def _go_on(  # noqa: PLR0917 - one state of rounds, spelled out
         took_ms = _carry_ms(carried[-1], rate) + costs.round_ms
         elapsed_ms += took_ms
         dirtied = writing.curve.pages(took_ms / 1e3 * (1 - throttle_percent / 100))
-    converges = estimated_downtime_ms(remaining, rate, limits) <= limits.downtime_limit_ms
+    converges = decision.downtime_ms_estimated <= limits.downtime_limit_ms
     downtime_ms = _carry_ms(dirtied, rate) + costs.switch_ms
     completed = decision.kind is DecisionKind.STOP_COPY
     if completed:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from migration.commands import Note
 from migration.convergence import recent_rate
+from migration.handover import NO_TIME
 from migration.ledger import MigrationLedger, RoundTotals
 from migration.page_bits import PageBits
 from migration.round_set import RoundSet
@@ -37,6 +38,8 @@ class RoundBook:
         self._payload_bytes: list[int] = []  # per ended round
         self._sending_ns: list[int] = []
         self.samples: list[tuple[float, int]] = []  # (seconds, pages dirtied within) of the rounds that ended
+        self.handover = NO_TIME  # as far as it is known
+        self._harvest_ordered_ns = 0
         self._remaining: list[int] = []  # per ended round under the throttle in force
 
     @property
@@ -89,6 +92,14 @@ class RoundBook:
         if pages:
             self.current.ledger.resent_pages += pages
 
+    def harvest_ordered(self, now_ns: int) -> None:
+        """The harvest that ends the round begins."""
+        self._harvest_ordered_ns = now_ns
+
+    def harvested(self, now_ns: int) -> None:
+        """It is in: the last one, with the guest paused, will take as long."""
+        self.handover = self.handover.harvested((now_ns - self._harvest_ordered_ns) / 1e6)
+
     def finish(self, dirty: BoolArray | PageBits | None, now_ns: int) -> RoundTotals:
         """End the round with the harvest that ended it (None: the guest was paused, no harvest)."""
         totals = self.current.finish(dirty)
@@ -109,6 +120,7 @@ class RoundBook:
             before=tuple(self._remaining),
             throttle_percent=self.throttle_percent,
             link_up=link_up,
+            handover=self.handover,
         )
 
     def decided(self, stats: RoundStats, throttle_percent: int) -> None:

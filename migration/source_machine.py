@@ -14,7 +14,8 @@ Rule 8: a throttle is in force only while pages are being sent to a destination 
 Rule 9: a rehearsal goes the same way up to Prepare, which only verifies, and then turns back like any attempt that
         cannot go on: ABORTED is recorded before the guest runs. It never comes near COMMITTING.
 
-The books of the rounds are in round_book.py, what a lost link asks for in link_recovery.py.
+The books of the rounds are in round_book.py, what a lost link asks for in link_recovery.py, why
+an attempt turns back, and its last orders, in turning_back.py.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from migration.source_phases import (
     SourcePhase,
     means_nothing,
 )
+from migration.turning_back import Turn, turn_of
 
 if TYPE_CHECKING:
     from migration.ledger import MigrationLedger
@@ -60,7 +62,7 @@ class SourceMachine:
     def __init__(self, *, batch_pages: int = BATCH_PAGES) -> None:
         self.phase = P.IDLE
         self.book = RoundBook(batch_pages)
-        self.downtime_ms_estimated: float | None = None  # when the guest was paused for good
+        self.stop_decided: Decision | None = None  # to pause the guest for good, with what it was to cost
         self._handlers: dict[SourcePhase, Callable[[SourceEvent], list[SourceCommand]]] = {
             P.IDLE: self._on_idle,
             P.OPENING: self._on_opening,
@@ -84,7 +86,7 @@ class SourceMachine:
             P.RESUMING: self._on_resuming,
         }
         self._request: told.MigrationRequested
-        self.link = LinkRecovery(AttemptKey("", 0, 0), 0)
+        self.link = LinkRecovery(AttemptKey("", 0, 0), Limits())
         self._throttle_percent = 0  # that the guest was told last
         self._pending: PageBits
         self._image_digest = 0
@@ -95,9 +97,7 @@ class SourceMachine:
         self._hints_ordered = False
         self._hints_open = False
         self._command_id: int | None = None  # of the open report, once it was issued
-        self._end_phase = P.FAILED
-        self._end_reason = ""
-        self._end_cause = Cause.NONE
+        self._turn = Turn(P.FAILED, "", Cause.NONE)
         self._started_ns = 0
         self._now_ns = 0
 
@@ -162,7 +162,7 @@ class SourceMachine:
             return [do.SendCommit(event.key, event.image_digest)]
         assert isinstance(event, told.MigrationRequested)
         self._request = event
-        self.link = LinkRecovery(event.key, event.limits.link_timeout_ms)
+        self.link = LinkRecovery(event.key, event.limits)
         self._started_ns = self._now_ns
         self.phase = P.OPENING
         commands: list[SourceCommand] = [do.RecordState(event.key, Recorded.STARTED)]
@@ -179,6 +179,7 @@ class SourceMachine:
     def _on_arming(self, event: SourceEvent) -> list[SourceCommand]:
         if not isinstance(event, told.TrackingStarted):
             return []
+        self.book.handover = event.handover
         if event.ballooned is None:
             return self._begin_round(PageBits.full(self._request.pages), 0)
         left_out = PageBits.of(event.ballooned)
@@ -245,15 +246,18 @@ class SourceMachine:
         if self._hints_open:
             self.phase = P.CLOSING_HINTS
             return [do.CloseHints()]
+        return self._harvest()
+
+    def _harvest(self) -> list[SourceCommand]:
         self.phase = P.HARVESTING
+        self.book.harvest_ordered(self._now_ns)
         return [do.Harvest()]
 
     def _on_closing_hints(self, event: SourceEvent) -> list[SourceCommand]:
         if isinstance(event, told.HintsClosed):
             self.book.hint(event.last)
             self._hints_open = False
-            self.phase = P.HARVESTING
-            return [do.Harvest()]
+            return self._harvest()
         if isinstance(event, told.HintsReported):
             self.book.hint(event)
         return []
@@ -262,6 +266,7 @@ class SourceMachine:
         if not isinstance(event, told.Harvested):
             return []
         dirty = PageBits.of(event.dirty)
+        self.book.harvested(self._now_ns)
         totals = self.book.finish(dirty, self._now_ns)
         stats = self.book.stats(dirty, self._now_ns - self._started_ns, link_up=self.link.up)
         decision = decide(stats, self._request.limits)
@@ -280,7 +285,7 @@ class SourceMachine:
             case DecisionKind.STOP_COPY:
                 self._pending = dirty
                 self._pause_ordered = True
-                self.downtime_ms_estimated = decision.downtime_ms_estimated
+                self.stop_decided = decision
                 self.phase = P.PAUSING
                 return [note, do.PauseGuest()]
             case _:
@@ -410,9 +415,10 @@ class SourceMachine:
     def _on_link_lost(self, reason: str) -> list[SourceCommand]:
         if RECOVERIES[self.phase] is Recovery.NOT_NEEDED:
             return [do.Note("link_lost", {"decision": "go_on", "phase": self.phase.name, "reason": reason})]
-        if not self.link.link_timeout_ms:
+        paused = self._pause_ordered
+        if not self.link.patience(paused=paused)[1]:
             return self._abort(P.FAILED, reason, Cause.LINK)
-        asked = self.link.lost(self.phase, self._question, reason, self._now_ns)
+        asked = self.link.lost(self.phase, self._question, reason, self._now_ns, paused=paused)
         return [*self._throttle(0), *asked]
 
     def _on_streams_resumed(self, event: told.StreamsResumed) -> list[SourceCommand]:
@@ -446,23 +452,14 @@ class SourceMachine:
         return [do.Note("decision", {"decision": "stop_copy", "reason": f"{reason}: {ends}"})]
 
     def _turn_back(self, event: SourceEvent) -> list[SourceCommand] | None:
-        """The abort that this event means in a reversible phase, or None when it means none."""
-        match event:
-            case told.TimerFired(Timer.LINK):
-                return self._abort(P.CANCELLED, self.link.given_up(), Cause.LINK)
-            case told.CancelRequested(reason):
-                return self._abort(P.CANCELLED, reason, Cause.REQUEST)
-            case told.PeerLost(reason):
-                return self._abort(P.FAILED, reason, Cause.DESTINATION)
-            case told.HostFailed(reason):
-                return self._abort(P.FAILED, reason, Cause.HOST)
-            case _:
-                return None
+        turn = turn_of(event, self.link)
+        return None if turn is None else self._abort(turn.phase, turn.reason, turn.cause)
 
     def _abort(self, end_phase: SourcePhase, reason: str, cause: Cause) -> list[SourceCommand]:
-        self._end_phase, self._end_reason, self._end_cause = end_phase, reason, cause
-        decision = "turn_back" if end_phase is P.REHEARSED else "cancel"
-        note = do.Note("decision", {"decision": decision, "reason": reason, "phase": self.phase.name})
+        self._turn = Turn(end_phase, reason, cause)
+        note = do.Note(
+            "decision", {"decision": self._turn.decision, "reason": reason, "phase": self.phase.name}
+        )
         self.phase = P.ABORTING
         return [
             note,
@@ -481,20 +478,9 @@ class SourceMachine:
         return [do.ResumeGuest(self._request.key)]
 
     def _on_resuming(self, event: SourceEvent) -> list[SourceCommand]:
-        if isinstance(event, told.HostFailed):
-            self._end_phase, self._end_cause = P.FAILED, Cause.HOST
-            self._end_reason = f"{self._end_reason}; and the guest could not be resumed: {event.reason}"
+        self._turn = self._turn.but(event)
         return self._end_at_source()
 
     def _end_at_source(self) -> list[SourceCommand]:
-        self.phase = self._end_phase
-        hints: list[SourceCommand] = [do.EndHints()] if self._hints_ordered else []
-        if self._end_phase is P.REHEARSED:  # the destination aborted it before it answered VERIFIED
-            key = self._request.key
-            return [*hints, do.ForgetDestination(key), do.EndMigration("rehearsal", self._end_reason)]
-        outcome = "cancelled" if self._end_phase is P.CANCELLED else "failed"
-        return [
-            *hints,
-            do.AbortDestination(self._request.key, self._end_reason),
-            do.EndMigration(outcome, self._end_reason, self._end_cause),
-        ]
+        self.phase = self._turn.phase
+        return self._turn.ending(self._request.key, hints_ordered=self._hints_ordered)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from migration.handover import OWN_PARTS, PEER_PARTS
+
 PARTS = ("pause", "harvest", "send", "save", "prepare", "verify", "commit", "resume")
 
 
@@ -56,6 +58,11 @@ class Stopwatch:
         inner_ns = min(inner_ns, self.parts_ns.get(part, 0))
         self.parts_ns[part] = self.parts_ns.get(part, 0) - inner_ns
         self.parts_ns[inner] = self.parts_ns.get(inner, 0) + inner_ns
+
+    def measured_ms(self) -> dict[str, float]:
+        """The parts that say what another stop will take: of a whole one all, else those of this host alone."""
+        whole = OWN_PARTS + PEER_PARTS if self.decided_ns else OWN_PARTS
+        return {name: self.parts_ns[name] / 1e6 for name in whole if name in self.parts_ns}
 
     def times(self) -> dict[str, object]:
         """total_ms, setup_ms, downtime_ms, verify_ms and the parts of the downtime."""

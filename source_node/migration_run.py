@@ -25,6 +25,7 @@ from host.errors import JournalConflict
 from migration import commands as do
 from migration import events as told
 from migration.errors import RemoteProtocolError
+from migration.handover import LastStop
 from migration.model import Conditions
 from migration.pages import PAGE_BYTES
 from migration.progress import Standing, outlook
@@ -34,7 +35,7 @@ from source_node.farewells import mark
 from source_node.shell import SourceShell, hints_reported
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from host.balloon_server import HintBatch
     from host.context import HostContext
@@ -98,6 +99,14 @@ class MigrationRun:
     def join(self, timeout_s: float) -> None:
         """Wait for the end."""
         self._thread.join(timeout_s)
+
+    @property
+    def last_stop(self) -> LastStop:
+        """What the next stop on this host is expected to take, from this one: what went wrong says nothing."""
+        measured = self._shell.watch.measured_ms()
+        if self._machine.link.count or not measured:
+            return self.order.last_stop
+        return LastStop(self.order.peer, {**self.order.last_stop.towards(self.order.peer), **measured})
 
     @property
     def ended(self) -> bool:
@@ -272,12 +281,14 @@ class MigrationRun:
         host.guest.listen_for_loss(None)  # from here on another agent may be taken in
         self._finished = True  # first: whoever hears of the end may begin the next migration
         self._answer_late_wishes()
+        stop = self._machine.stop_decided
         host.events.add(
             "migration_ended",
             outcome=outcome.outcome,
             reason=outcome.reason,
             cause=outcome.cause.value,
-            downtime_ms_estimated=self._machine.downtime_ms_estimated,
+            downtime_ms_estimated=stop.downtime_ms_estimated if stop is not None else None,
+            downtime_parts_ms_estimated=rounded(stop.downtime_parts_ms) if stop is not None else {},
             recoveries=self._machine.link.to_dict(),
             throttle=shell.throttle.fields(),
             **shell.watch.times(),
@@ -300,6 +311,11 @@ class MigrationRun:
         while not self._events.empty():
             if isinstance(late := self._events.get(), Wish):  # ends: it is not empty, and nobody else takes
                 late.answer.set_result((False, self._machine.phase.name))
+
+
+def rounded(parts_ms: Mapping[str, float]) -> dict[str, float]:
+    """As figures of the event."""
+    return {name: round(ms, 3) for name, ms in parts_ms.items()}
 
 
 def _or_missing(what: str, take: Callable[[], Any], missing: list[str]) -> Any:

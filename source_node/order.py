@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from migration.convergence import ThrottleSteps
 from migration.errors import LocalProtocolError
+from migration.handover import NO_STOP, LastStop
 from migration.rounds import Limits, OnStall, Surrender
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Order:
     compression: str = "none"
     delta_cache_bytes: int = 0  # 0: no deltas
     dest_server_name: str = ""  # of the destination's certificate; "": plain text
+    last_stop: LastStop = NO_STOP  # on this host, as far as it was measured
     unsafe_clear_dirty_log_at_hint: bool = False  # source_node/hint_rule.py
 
     @property
@@ -66,6 +68,9 @@ def limits_of(request: node_pb2.MigrateRequest) -> Limits:
             throttle=ThrottleSteps(*throttle) if any(throttle) else None,
             bandwidth=request.bandwidth_bytes_per_second or None,
             link_timeout_ms=request.link_timeout_ms,
+            link_timeout_paused_ms=(
+                request.link_timeout_paused_ms if request.HasField("link_timeout_paused_ms") else None
+            ),
         )
     except LocalProtocolError as error:
         raise ValueError(str(error)) from error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from host.dirty_rate import check_periods
 from host.roles import RoleRefused
 from host.trackers import choose
 from migration.events import Answer, Skip
+from migration.handover import NO_STOP, LastStop
 from migration.identity import AttemptKey
 from migration.partition import STREAMS_MAX
 from migration.rounds import Limits
@@ -48,6 +50,7 @@ class SourceRole:
         self._host = host
         self._lock = threading.Lock()
         self._run: MigrationRun | None = None
+        self._last_stop = NO_STOP  # of the guests that this process has given away, or kept
         self._measuring = False  # the dirty log is read by somebody else than a migration
         self._stopping = threading.Event()
         self._farewells = Farewells(host)
@@ -107,7 +110,11 @@ class SourceRole:
     def stood_by(self) -> None:
         """What the last migration held of the guest goes as well."""
         with self._lock:
+            self._last_stop = self._known_stop()
             self._run = None
+
+    def _known_stop(self) -> LastStop:
+        return self._run.last_stop if self._run is not None else self._last_stop
 
     def _take_up(self, key: AttemptKey, note: AttemptNote, image_digest: int) -> None:
         address, server_name = note.address
@@ -137,6 +144,7 @@ class SourceRole:
         order = self._order(request)
         with self._lock:
             self._require_idle()
+            order = replace(order, last_stop=self._known_stop())
             self._run = MigrationRun(self._host, order, self._farewells.begin)
             self._run.start()
 

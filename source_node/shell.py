@@ -23,6 +23,7 @@ from migration import commands as do
 from migration import events as told
 from migration.codec import image_digest
 from migration.errors import ProtocolError, RemoteProtocolError
+from migration.handover import expected
 from migration.pb import migration_pb2
 from migration.source_phases import SourcePhase
 from source_node.accounting import Stopwatch
@@ -281,7 +282,8 @@ class SourceShell:
         if self._order.limits.throttle is not None:
             self.throttle.begin()
         self.watch.first_round_ns = now_ns()
-        self._post(told.TrackingStarted(ballooned_holes(self._host.balloon, self._ram)))
+        handover = expected(self._order.last_stop.towards(self._order.peer), self.wire.round_trip_ms())
+        self._post(told.TrackingStarted(ballooned_holes(self._host.balloon, self._ram), handover))
 
     def _open_hints(self) -> None:
         round_set = self._machine.round_set

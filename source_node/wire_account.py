@@ -48,6 +48,10 @@ class _Meters:
         self._interfaces = InterfaceMeter.towards(address)
         self._others = OtherTraffic(address) if self._interfaces is not None else None
 
+    def round_trip_ms(self) -> float:
+        self._tcp.sample()
+        return self._tcp.round_trip_ms
+
     def sample(self) -> WireSample:
         interfaces, others = self._interfaces, self._others
         return WireSample(
@@ -90,6 +94,10 @@ class WireAccount:
         self._last, self._grpc_bytes = wire, grpc_bytes
         self.payload_bytes = ledger.payload_bytes
         return fields
+
+    def round_trip_ms(self) -> float:
+        """The shortest to the destination so far, as the kernel measured it; 0 when it measured none."""
+        return self._meters.round_trip_ms() if self._meters is not None else 0.0
 
     def calibrate(self, stream: PageStream) -> None:
         """Tell a limited stream what its bytes are on the wire; reading the counters takes a millisecond."""

@@ -457,6 +457,7 @@ class MigrateRequest(_message.Message):
     THROTTLE_INCREMENT_PERCENT_FIELD_NUMBER: _builtins.int
     THROTTLE_MAXIMUM_PERCENT_FIELD_NUMBER: _builtins.int
     DEST_SERVER_NAME_FIELD_NUMBER: _builtins.int
+    LINK_TIMEOUT_PAUSED_MS_FIELD_NUMBER: _builtins.int
     migration: _builtins.str
     attempt: _builtins.int
     dest_address: _builtins.str
@@ -498,6 +499,8 @@ class MigrateRequest(_message.Message):
     throttle_maximum_percent: _builtins.int
     dest_server_name: _builtins.str
     """of the destination's certificate; "": plain text (loopback only)"""
+    link_timeout_paused_ms: _builtins.int
+    """and within this one while the guest stands still; absent: the same"""
     def __init__(
         self,
         *,
@@ -525,12 +528,15 @@ class MigrateRequest(_message.Message):
         throttle_increment_percent: _builtins.int = ...,
         throttle_maximum_percent: _builtins.int = ...,
         dest_server_name: _builtins.str = ...,
+        link_timeout_paused_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_link_timeout_paused_ms", b"_link_timeout_paused_ms", "link_timeout_paused_ms", b"link_timeout_paused_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "compression", b"compression", "delta_cache_bytes", b"delta_cache_bytes", "dest_address", b"dest_address", "dest_server_name", b"dest_server_name", "downtime_limit_ms", b"downtime_limit_ms", "hint_wait_ms", b"hint_wait_ms", "integrity", b"integrity", "link_timeout_ms", b"link_timeout_ms", "migration", b"migration", "on_rounds_max", b"on_rounds_max", "on_stall", b"on_stall", "on_timeout", b"on_timeout", "rehearsal", b"rehearsal", "rounds_max", b"rounds_max", "skip", b"skip", "streams", b"streams", "throttle_increment_percent", b"throttle_increment_percent", "throttle_maximum_percent", b"throttle_maximum_percent", "throttle_start_percent", b"throttle_start_percent", "timeout_ms", b"timeout_ms", "tracker", b"tracker", "unsafe_clear_dirty_log_at_hint", b"unsafe_clear_dirty_log_at_hint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_link_timeout_paused_ms", b"_link_timeout_paused_ms", "attempt", b"attempt", "bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "compression", b"compression", "delta_cache_bytes", b"delta_cache_bytes", "dest_address", b"dest_address", "dest_server_name", b"dest_server_name", "downtime_limit_ms", b"downtime_limit_ms", "hint_wait_ms", b"hint_wait_ms", "integrity", b"integrity", "link_timeout_ms", b"link_timeout_ms", "link_timeout_paused_ms", b"link_timeout_paused_ms", "migration", b"migration", "on_rounds_max", b"on_rounds_max", "on_stall", b"on_stall", "on_timeout", b"on_timeout", "rehearsal", b"rehearsal", "rounds_max", b"rounds_max", "skip", b"skip", "streams", b"streams", "throttle_increment_percent", b"throttle_increment_percent", "throttle_maximum_percent", b"throttle_maximum_percent", "throttle_start_percent", b"throttle_start_percent", "timeout_ms", b"timeout_ms", "tracker", b"tracker", "unsafe_clear_dirty_log_at_hint", b"unsafe_clear_dirty_log_at_hint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__link_timeout_paused_ms: _TypeAlias = _typing.Literal["link_timeout_paused_ms"]  # noqa: Y015
+    _WhichOneofArgType__link_timeout_paused_ms: _TypeAlias = _typing.Literal["_link_timeout_paused_ms", b"_link_timeout_paused_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__link_timeout_paused_ms) -> _WhichOneofReturnType__link_timeout_paused_ms | None: ...
 
 Global___MigrateRequest: _TypeAlias = MigrateRequest  # noqa: Y015
 

@@ -62,6 +62,7 @@ hint_wait = "2s"
 downtime_limit = "1ms"
 rounds_max = 3
 bandwidth = "64MiB/s"
+link_timeout = "0s"
 [run]
 settle = "20ms"
 run_on = "50ms"

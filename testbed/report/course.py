@@ -5,9 +5,11 @@ Rule 1: a line is there only when there is something to tell.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from testbed.units import format_ms
+
+PARTS_SHOWN: Final = 3
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,13 +21,7 @@ if TYPE_CHECKING:
 def course_lines(result: Result) -> Iterator[tuple[str, str]]:
     """(label, line), in the order of the report."""
     if result.downtime_ms_estimated is not None and result.outcome in ("completed", "rehearsal"):
-        yield (
-            "estimate",
-            (
-                f"{format_ms(result.downtime_ms_estimated)} to send what was left when the guest was paused; "
-                f"it took {format_ms(result.downtime_parts_ms.get('send', 0.0))} of the downtime"
-            ),
-        )
+        yield "estimate", _estimate(result)
     if result.attempts > 1:
         yield "attempts", f"{result.attempts}: the last one is shown"
     recoveries = result.recoveries
@@ -39,6 +35,20 @@ def course_lines(result: Result) -> Iterator[tuple[str, str]]:
         )
     if result.throttle.maximum_percent:
         yield "throttle", _throttle(result.throttle)
+
+
+def _estimate(result: Result) -> str:
+    """Both figures, and the parts that made the difference."""
+    foreseen, was = result.downtime_parts_ms_estimated, result.downtime_parts_ms
+    parts = sorted(foreseen, key=lambda name: abs(was.get(name, 0.0) - foreseen[name]), reverse=True)
+    shown = ", ".join(
+        f"{name} {format_ms(foreseen[name])} (was {format_ms(was.get(name, 0.0))})"
+        for name in parts[:PARTS_SHOWN]
+    )
+    whole = (
+        f"{format_ms(result.downtime_ms_estimated or 0.0)} of downtime (was {format_ms(result.downtime_ms)})"
+    )
+    return f"{whole}; most apart: {shown}" if shown else whole
 
 
 def _throttle(throttle: ThrottlePart) -> str:

@@ -222,6 +222,9 @@ class Result(Part):
     faults: list[FaultPart]
     cpu_seconds: CpuPart
     own_memory: MemoryPart
+    downtime_parts_ms_estimated: dict[
+        str, float
+    ] = {}  # the same parts, as expected then; verify is none of them
     downtime_ms_estimated: float | None = None  # when the guest was paused for good; compare with downtime_ms
     attempts: int = 1
     # The other figures are the last attempt's, the blackout is of all.
@@ -320,6 +323,7 @@ def _build_one(record: RunRecord, judgement: Judgement) -> Result:
         delta=DeltaPart.model_validate(_known(DeltaPart, ended.get("delta") or {})),
         predicted=_predicted(record),
         downtime_ms_estimated=ended.get("downtime_ms_estimated"),
+        downtime_parts_ms_estimated=ended.get("downtime_parts_ms_estimated", {}),
         attempts=sum(1 for _ in record.all("migration_requested", "testbed")),
         recoveries=RecoveriesPart.model_validate(known(RecoveriesPart, ended.get("recoveries"))),
         throttle=ThrottlePart.model_validate(known(ThrottlePart, ended.get("throttle"))),

@@ -26,6 +26,7 @@ DurationMs = Annotated[int, BeforeValidator(parse_duration_ms)]
 Percent = Annotated[int, Field(ge=1, le=99)]  # a guest is slowed, never stopped: as in auto-converge
 
 ROUNDS_MAX: Final = 1000  # a limit on everything: beyond it the dirty rate exceeds the link
+LINK_TIMEOUT_MS: Final = 10_000  # a port that restarts, a route that changes; the guest runs meanwhile
 RETRIES_MAX: Final = 100  # each is a whole attempt: a slip must not last a day
 
 
@@ -55,7 +56,8 @@ class Migration(Model):
     streams: Annotated[int, Field(ge=0, le=STREAMS_MAX)] = 0  # 0: chosen from the cores
     compression: Literal["none", "lz4", "zstd"] = "none"
     delta_cache: Bytes = 0  # of pages as the destination acknowledged them; 0: no deltas
-    link_timeout: DurationMs = 0  # a lost connection may come back within this time; 0: it may not
+    link_timeout: DurationMs = LINK_TIMEOUT_MS  # within it a lost connection may come back; 0: it may not
+    link_timeout_paused: DurationMs = 1000  # and within this, where it is less, while the guest stands still
     retries: Annotated[int, Field(ge=0, le=RETRIES_MAX)] = 0  # after a lost link or destination
     retry_pause: DurationMs = 1000  # before the first of them; it doubles (testbed/run/attempts.py)
     rehearsal: bool = False  # everything but the hand-over: the guest goes on at the source
@@ -97,7 +99,7 @@ def limit_conflicts(migration: Migration, path: str = "migration") -> Iterator[t
     if throttle is not None and throttle.start > throttle.maximum:
         problem = f"{throttle.start} % is above the maximum of {throttle.maximum} %"
         yield f"{path}.throttle.start", problem
-    if migration.timeout and migration.link_timeout > migration.timeout:
+    if migration.timeout and migration.link_timeout > max(migration.timeout, LINK_TIMEOUT_MS):
         problem = f"{migration.link_timeout} ms outlast {path}.timeout = {migration.timeout} ms"
         yield f"{path}.link_timeout", problem
 
@@ -147,6 +149,7 @@ def migrate_request(
         compression=options.compression,
         delta_cache_bytes=options.delta_cache,
         link_timeout_ms=options.link_timeout,
+        link_timeout_paused_ms=options.link_timeout_paused,
         unsafe_clear_dirty_log_at_hint=options.unsafe_clear_dirty_log_at_hint,
         rehearsal=rehearsal,
     )

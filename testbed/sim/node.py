@@ -227,6 +227,7 @@ class Node(Process):
             rehearsal,
             options.streams,
             PackingOrder(options.compression, options.delta_cache_pages * PAGE_BYTES),
+            options.handover_ms,
         )
         self.run = SourceRun(self, order, self._ended)
         self.run.start()

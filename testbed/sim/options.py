@@ -69,6 +69,8 @@ class Options:
     on_rounds_max: str = "switch"
     on_stall: str = "none"
     link_timeout_ms: int = 0
+    link_timeout_paused_ms: int | None = None
+    handover_ms: float = 0.0  # that a stop is expected to take beside its pages
     hint_wait_ms: int = 20
     latency_ms: float = 0.1
     jitter: float = 0.5
@@ -113,6 +115,8 @@ def draw(seed: int) -> Options:
         hint_wait_ms=dice.choice((2, 10, 30)),
         latency_ms=dice.choice((0.05, 0.2, 1.0)),
         bytes_per_second=dice.choice((50e6, 200e6, 1e9)),
+        link_timeout_paused_ms=dice.choice((None, None, 0, 60)),
+        handover_ms=dice.choice((0.0, 0.0, 0.4, 20.0)),
         faults=draw_faults(stream(seed, "faults")),
     )
 

@@ -38,6 +38,7 @@ class Order:
     rehearsal: bool
     streams: int
     packing: PackingOrder
+    handover_ms: float = 0.0
 
 
 def in_a_line(what: Any) -> str:

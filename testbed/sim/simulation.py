@@ -206,6 +206,7 @@ class Simulation:
             throttle=ThrottleSteps(20, 30, 80) if options.on_stall == "throttle" else None,
             bandwidth=None,
             link_timeout_ms=options.link_timeout_ms,
+            link_timeout_paused_ms=options.link_timeout_paused_ms,
         )
 
     def _ended(self, command: do.EndMigration) -> None:

@@ -12,6 +12,7 @@ from host.trackers import UffdTracker
 from migration import commands as do
 from migration import events as told
 from migration.codec import image_digest
+from migration.handover import Handover
 from migration.page_bits import PageBits
 from source_node.packer import packers
 from source_node.page_reader import PageReader
@@ -230,7 +231,7 @@ class SourceShell:
         self._tracker.start()
         self.tracking = True
         self._reader.find_holes()
-        self.run.post(told.TrackingStarted())
+        self.run.post(told.TrackingStarted(None, Handover(prepare=self.order.handover_ms)))
 
     def _pages_sent(self, sent: told.PagesSent) -> None:
         self._tell_in_time(sent)

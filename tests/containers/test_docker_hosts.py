@@ -143,7 +143,7 @@ def test_the_link_is_plain_where_the_scenario_says_so(tmp_path):
 
 @pytest.mark.usefixtures("nothing_left")
 def test_memory_that_is_spent_is_a_fact_and_a_reason(tmp_path):
-    run = perform(tmp_path, tiny("hosts.memory=96MiB", expect="failed"))
+    run = perform(tmp_path, tiny("hosts.memory=96MiB", "migration.link_timeout=0s", expect="failed"))
     assert run.result.outcome == "failed"
     spent = load(run.run_dir.path).last("out_of_memory")
     assert spent is not None, run.result.outcome_reason

@@ -236,7 +236,8 @@ def test_a_timeout_that_means_switch_finishes_the_round_and_then_pauses():
     pair = restless_pair(hook, timeout_ms=10_000, on_timeout="switch")
     assert pair.run() == "completed"
     assert len(pair.source.ledger.rounds) == 3
-    assert pair.source.downtime_ms_estimated is not None
+    assert pair.source.stop_decided is not None
+    assert pair.source.stop_decided.downtime_ms_estimated > 0
     notes = [c.fields["reason"] for c in pair.log if isinstance(c, do.Note) and c.name == "decision"]
     assert any("timeout of 10000 ms" in reason for reason in notes)
 

@@ -1,5 +1,7 @@
 """A lost link in every phase: what is sent again, what is never sent again, and how it ends where it stays lost."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -202,6 +204,31 @@ def test_cancel_timeout_and_failure_act_while_reconnecting(phase, event, outcome
     assert pair.outcome.cause is cause
     assert pair.guest.running_at == "source"
     assert not pair.timers
+
+
+@pytest.mark.parametrize("phase", [phase for phase in PHASES if RECOVERIES[phase] is not Recovery.NOT_NEEDED])
+@pytest.mark.parametrize("paused_ms", [0, 700, 60_000])
+def test_a_guest_that_stands_still_waits_for_the_link_for_a_time_of_its_own(phase, paused_ms):
+    limits = replace(LIMITS, link_timeout_paused_ms=paused_ms)
+    stands_still = phase.value >= P.PAUSING.value
+    cut = Cut(phase, heal_after=10_000)
+    pair = pair_with(cut, skip=told.Skip.HINT, limits=limits)
+    pair.run()
+    assert pair.outcome.cause is do.Cause.LINK
+    assert pair.guest.running_at == "source"
+    waited_ms = [command.delay_ms for command in pair.log if command_arms(command, told.Timer.LINK)]
+    if stands_still and not paused_ms:
+        assert (pair.outcome.outcome, waited_ms) == ("failed", [])
+        return
+    name, patience_ms = "link_timeout", LINK_TIMEOUT_MS
+    if stands_still:
+        name, patience_ms = "link_timeout_paused", min(paused_ms, LINK_TIMEOUT_MS)
+    assert (pair.outcome.outcome, waited_ms) == ("cancelled", [patience_ms])
+    assert f"beyond {name} = {patience_ms} ms" in pair.outcome.reason
+
+
+def command_arms(command, timer):
+    return isinstance(command, do.ArmTimer) and command.timer is timer
 
 
 def test_a_lost_link_in_stop_and_copy_keeps_the_guest_paused_and_the_timeout_acts():

@@ -31,8 +31,8 @@ def test_the_limits_are_the_scenarios():
 
 
 def test_a_prediction_says_what_it_is_made_of():
-    found = predicted(FIRST, 815.0, 100_000, Limits(downtime_limit_ms=50))
-    # 25,000 pages a second; 5000 dirtied a second: 4000 left are 160 ms, 800 and some are 33 ms.
+    found = predicted(FIRST, 815.0, 100_000, Limits(downtime_limit_ms=75))
+    # 25,000 pages a second; 5000 dirtied a second: 4000 left are 160 ms, 800 and some are 33 ms, and the hand-over.
     assert found["rounds"] == 3
     assert found["converges"]
     assert found["payload_bytes"] == pytest.approx(24_820 * 4096, rel=0.01)
@@ -47,7 +47,7 @@ def test_a_rate_that_the_source_measured_goes_before_one_computed_here():
 
 
 def test_the_comparison_is_one_line():
-    foreseen = predicted(FIRST, 815.0, 100_000, Limits(downtime_limit_ms=50))
+    foreseen = predicted(FIRST, 815.0, 100_000, Limits(downtime_limit_ms=75))
     measured = {"rounds": 4, "payload_bytes": 97 << 20, "total_ms": 1100.0, "downtime_ms": 61.0}
     line = comparison_line(foreseen, measured)
     assert line.startswith("rounds 3 (was 4), payload 97.0 MiB (was 97.0 MiB), ")

@@ -389,7 +389,7 @@ def test_fields_that_are_no_object_are_kept_as_text():
 @pytest.mark.parametrize(
     ("overrides", "least_s"),
     [
-        (["migration.on_timeout=switch", "migration.bandwidth=2MiB/s"], 5 + 512),
+        (["migration.on_timeout=switch", "migration.bandwidth=2MiB/s"], 5 + 512 + 10),
         (
             ["migration.on_timeout=switch", "migration.bandwidth=2MiB/s", "migration.link_timeout=4s"],
             5 + 512 + 4,

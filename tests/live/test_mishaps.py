@@ -29,6 +29,7 @@ from tests.live.runs import (
 
 pytestmark = pytest.mark.live
 
+AT_ONCE = "migration.link_timeout=0s"  # a lost connection ends the attempt
 # The last round is sent while the guest stands still, and takes its time.
 LONG_STOP = ("migration.rounds_max=1", "migration.bandwidth=16MiB/s")
 
@@ -84,7 +85,7 @@ def test_a_destination_that_is_gone_when_the_migration_begins(tmp_path):
         pids.note(event)
         blow(event)
 
-    run = perform(tmp_path, scenario(), watch)
+    run = perform(tmp_path, scenario(AT_ONCE), watch)
     record = assert_not_handed_over(run)
     assert "unavailable" in run.result.outcome_reason
     assert not list(record.all("round_started"))
@@ -141,7 +142,7 @@ def test_a_destination_that_is_killed(tmp_path, monkeypatch, moment, victim):
         pids.note(event)
         blow(event)
 
-    run = perform(tmp_path, scenario(*overrides, text=WRITER), watch)
+    run = perform(tmp_path, scenario(AT_ONCE, *overrides, text=WRITER), watch)
     record = assert_not_handed_over(run)
     assert hinted(record) > 0, "the guest had given its pages away for a while"
     assert not len(record.beats["dest"])
@@ -150,14 +151,14 @@ def test_a_destination_that_is_killed(tmp_path, monkeypatch, moment, victim):
 def test_a_destination_that_is_no_migration_service_fails_the_run(tmp_path, monkeypatch):
     with grpc_liar(LIES["open is garbage"]) as address:
         send_elsewhere(monkeypatch, address)
-        run = perform(tmp_path, scenario())
+        run = perform(tmp_path, scenario(AT_ONCE))
     assert_not_handed_over(run)
 
 
 def test_a_destination_that_is_no_grpc_server_fails_the_run(tmp_path, monkeypatch):
     with tcp_liar(b"220 mail.example ESMTP\r\n") as address:
         send_elsewhere(monkeypatch, address)
-        run = perform(tmp_path, scenario())
+        run = perform(tmp_path, scenario(AT_ONCE))
     assert_not_handed_over(run)
 
 

@@ -15,13 +15,16 @@ def ordered(tmp_path, faults, expect, text=TINY):
 
 def test_a_destination_killed_at_prepare_costs_the_guest_nothing(tmp_path):
     killed = '[[fault]]\nkind = "kill"\nwhat = "dest_node"\nat = "prepare.received"\n'
-    record = guest_is_whole(ordered(tmp_path, killed, "failed"), "source")
+    record = guest_is_whole(ordered(tmp_path, killed, "cancelled"), "source")
     reached = record.last("point_reached", "dest")
     died = record.last("process_ended")
     assert reached.fields == {"point": "prepare.received"}
     assert record.last("fault_applied").at_ns > reached.at_ns
     assert record.last("prepared") is None, "it was held there until it was dead"
     assert died is not None
+    assert "link_timeout_paused = 1000 ms" in record.ended.fields["reason"], (
+        "the guest stood still for so long"
+    )
 
 
 def test_a_source_killed_after_commit_is_started_again_and_knows_the_outcome(tmp_path):

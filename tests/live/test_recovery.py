@@ -97,17 +97,26 @@ def test_a_rehearsal_whose_answer_was_lost_is_answered_again(tmp_path, monkeypat
         bed.guest_is_back()
 
 
+def test_by_default_a_link_that_comes_back_in_some_seconds_goes_on(tmp_path, monkeypatch):
+    with Relay(monkeypatch) as relay:
+        run = perform(tmp_path, scenario(*SLOW), CutInTheMiddle(relay, heals="link_lost"))
+    result = run.result
+    assert (result.outcome, result.verdict) == ("completed", "valid"), (result.outcome_reason, result.reasons)
+    assert result.recoveries.count == 1
+
+
 def test_a_link_lost_while_the_guest_stands_still(tmp_path, monkeypatch):
     """Cut for good before the last pages: the guest runs on. Cut behind PREPARED: Prepare is asked again."""
     with Relay(monkeypatch) as relay, Bed(tmp_path, scenario()) as bed:
         bed.source.arm_point("last_harvest", HOLD_MS)
-        since_ns = bed.begin(link_timeout_ms=300)
+        since_ns = bed.begin(link_timeout_ms=20_000, link_timeout_paused_ms=300)
         bed.wait("point_reached", "source", since_ns=since_ns, point="last_harvest")
         assert bed.source.guest_status().state == "paused"
         relay.cut()
         bed.source.release_point("last_harvest")
         ended = bed.wait("migration_ended", "source", since_ns=since_ns)
         assert (ended.fields["outcome"], ended.fields["cause"]) == ("cancelled", "link")
+        assert "link_timeout_paused = 300 ms" in ended.fields["reason"]
         bed.guest_is_back()
 
         relay.heal()

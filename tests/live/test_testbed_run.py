@@ -81,7 +81,7 @@ def killing(victim):
 
 @pytest.mark.parametrize("victim", ["dest-node", "dest-agent"])
 def test_a_destination_that_dies_leaves_the_guest_at_the_source(tmp_path, victim):
-    chosen = scenario(*SLOW).model_copy(update={"expect": "failed"})
+    chosen = scenario(*SLOW, "migration.link_timeout=0s").model_copy(update={"expect": "failed"})
     with Interrupt() as interrupt:
         run = run_scenario(chosen, tmp_path, interrupt, killing(victim))
     assert run.judgement.reasons == []
