@@ -4,8 +4,8 @@ Rule 1: one thread does everything; other threads (gRPC, balloon device, cancel)
 Rule 2: reading and sending is the page stream's; this thread is always free for the next event.
 Rule 3: an error of our own is a reason to bring the guest back, as long as that is possible.
 Rule 4: however it ends, migration_ended is told, once; what could not be measured is left out and said.
-Rule 5: a wish to cancel is answered by this thread, with what came of it: whoever asks from outside sees a phase
-        that may be over before the wish is looked at.
+Rule 5: a wish to cancel goes before every fact that waits, and is answered by this thread, with what came of it:
+        whoever asks from outside sees a phase that may be over before the wish is looked at.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class MigrationRun:
         self._host = host
         self._machine = SourceMachine()
         # bounded: phases, hint batches of four times RAM, Cancel calls
-        self._events: queue.SimpleQueue[told.SourceEvent | Wish] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[told.SourceEvent | None] = queue.SimpleQueue()
+        # bounded: Cancel calls; each wakes the thread by a None in `_events`
+        self._wishes: deque[Wish] = deque()
         # bounded: what one event posts; it goes before what is queued
         self._first: deque[told.SourceEvent] = deque()
         self._shell = SourceShell(
@@ -116,10 +118,11 @@ class MigrationRun:
     def cancel(self, reason: str) -> tuple[bool, str]:
         """Ask it to stop; (whether it does because of that, the phase in which the wish was looked at).
 
-        Of a thread that is busy beyond CANCEL_ANSWER_S it is what the phase promises; the wish stays posted.
+        Of a thread that is busy beyond CANCEL_ANSWER_S it is what the phase promises: the wish is next.
         """
         wish = Wish(reason)
-        self._events.put(wish)
+        self._wishes.append(wish)
+        self._events.put(None)
         try:
             # Of one that has finished nobody may look any more; what was looked at has its answer at once.
             return wish.answer.result(0 if self._finished else CANCEL_ANSWER_S)
@@ -204,6 +207,8 @@ class MigrationRun:
         """The next fact; None when a moment passed without one: timers and progress are looked at then."""
         if self._first:
             return self._first.popleft()
+        if self._wishes:
+            return self._wishes.popleft()
         instant, timers = now_ns(), self._shell.timers
         for timer, at_ns in timers.items():
             if at_ns <= instant:
@@ -308,9 +313,8 @@ class MigrationRun:
 
     def _answer_late_wishes(self) -> None:
         """Those that came after the last event that was looked at; who comes later sees that it has finished."""
-        while not self._events.empty():
-            if isinstance(late := self._events.get(), Wish):  # ends: it is not empty, and nobody else takes
-                late.answer.set_result((False, self._machine.phase.name))
+        while self._wishes:
+            self._wishes.popleft().answer.set_result((False, self._machine.phase.name))
 
 
 def rounded(parts_ms: Mapping[str, float]) -> dict[str, float]:

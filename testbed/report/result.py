@@ -222,9 +222,8 @@ class Result(Part):
     faults: list[FaultPart]
     cpu_seconds: CpuPart
     own_memory: MemoryPart
-    downtime_parts_ms_estimated: dict[
-        str, float
-    ] = {}  # the same parts, as expected then; verify is none of them
+    # The parts of downtime_parts_ms as they were expected when the guest was paused; verify is none of them.
+    downtime_parts_ms_estimated: dict[str, float] = Field(default_factory=dict)
     downtime_ms_estimated: float | None = None  # when the guest was paused for good; compare with downtime_ms
     attempts: int = 1
     # The other figures are the last attempt's, the blackout is of all.

@@ -77,14 +77,24 @@ def test_a_wish_that_comes_before_the_first_step_is_no_wish_in_vain(run):
 
 def test_the_answer_is_what_came_of_the_wish_and_not_what_was_true_when_it_was_made(run):
     """Two wishes, one behind the other: only the first ends the attempt."""
-    run._events.put(told.PeerLost("refused"))
-    wish = migration_run.Wish("too late")
-    run._events.put(wish)
+    first, second = migration_run.Wish("enough"), migration_run.Wish("too late")
+    run._wishes.extend((first, second))
     run.start()
-    assert wish.answer.result(WAIT_S)[0] is False
+    assert first.answer.result(WAIT_S) == (True, "OPENING")
+    assert second.answer.result(WAIT_S)[0] is False
     run.join(WAIT_S)
-    assert run._shell.outcome.reason == "refused"
-    assert run.cancel("after the end") == (False, "FAILED")
+    assert run._shell.outcome.reason == "enough"
+    assert run.cancel("after the end") == (False, "CANCELLED")
+
+
+def test_a_wish_goes_before_the_facts_that_wait(run):
+    wish = migration_run.Wish("enough")
+    run._events.put(told.PeerLost("refused"))
+    run._wishes.append(wish)
+    run.start()
+    assert wish.answer.result(WAIT_S) == (True, "OPENING")
+    run.join(WAIT_S)
+    assert run._shell.outcome.reason == "enough"
 
 
 def test_a_thread_that_is_busy_holds_nobody_for_long_and_the_wish_is_not_lost(run, monkeypatch):

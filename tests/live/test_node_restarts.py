@@ -4,6 +4,7 @@ The kill is at a stated event of the history; the same command line is started a
 other host never notice more than a silence.
 """
 
+import json
 import os
 import signal
 import sqlite3
@@ -19,6 +20,7 @@ from tests.live.runs import WAIT_S, WRITER, Bed, scenario, waited_for
 
 # Sixteen hundred kept pages at this rate are the better part of a second: time to interfere.
 SLOW = ("migration.bandwidth=16MiB/s",)
+BALLOONED = 768
 
 
 class Restarted:
@@ -92,6 +94,27 @@ def test_a_source_node_killed_in_a_round_burns_the_attempt_and_can_try_again(tmp
             waited_for(lambda: source.status().held_pages == 0, "DONE to reach the guest")
             assert '"outcome":"completed"' in retry(bed, source, attempt=2)
             bed.wait("guest_running", "dest")
+
+
+def test_a_node_that_forgot_which_pages_are_ballooned_sends_them_like_any_other(tmp_path):
+    with Bed(tmp_path, scenario()) as bed:
+        bed.source.set_balloon(BALLOONED)
+        waited_for(lambda: bed.source.guest_status().ballooned_pages == BALLOONED, "the balloon to inflate")
+        with Restarted(bed.hosts.source).kill() as source:
+            source.wait("guest_attached")
+            request = node_pb2.GuestStatusRequest()
+            waited_for(
+                lambda: json.loads(source.node.GuestStatus(request, timeout=10).balloon_json)["ready"],
+                "the driver to find its device again",
+            )
+            ended = json.loads(retry(bed, source, attempt=1))
+            assert ended["outcome"] == "completed", ended["reason"]
+            assert next(totals["ballooned_pages"] for totals in ended["hints"]["rounds"]) == 0
+            bed.wait("guest_running", "dest")
+            waited_for(
+                lambda: bed.dest.guest_status().ballooned_pages == BALLOONED, "the balloon to be there"
+            )
+            bed.check(bed.dest)
 
 
 @pytest.mark.parametrize("journal_says", ["STARTED", "COMMITTING"])
