@@ -217,6 +217,9 @@ class Balloon:
         for fd in (self._wake_fd, *self._front_end.call_fds):
             waiting.register(fd, select.POLLIN)
         while not self._removed:
+            drain(
+                self._wake_fd
+            )  # before the gate: inside, it could be the wake that says it was shut meanwhile
             with self._gate:
                 with self._lock:
                     busy = self._turn()
@@ -301,42 +304,44 @@ class Balloon:
         with self._lock:
             recorded = self._pages.record_new(runs)
             if self._asked is not None:
-                self._obey_all([self._submit_inflation(short=recorded < count)])
+                self._obey(self._submit_inflation(short=recorded < count))
             elif recorded > self._driver.inflation_left:
                 self._pages.give_back()  # meanwhile the host or the guest changed its mind
 
-    def move_pages(self, old: U64Array, new: U64Array) -> bool:
-        """Move ballooned pages: the new places are inflated, the old ones deflated and then free (compaction).
+    def move_pages(self, old: U64Array, new: U64Array) -> int:
+        """Move ballooned pages: new places are inflated, old ones deflated and then free (compaction).
 
-        `new` was taken from the memory manager for the balloon (owner OWNER_BALLOON_NEW); at most 256 pages.
-
-        Returns:
-            whether it happened. Not when the balloon is busy; `new` is the caller's then. When a device falls
-            silent in between, `new` is in the balloon, and the move goes on by itself when the device answers.
+        Returns how many, from the first on: none when busy; what a silent device was told of counts. The lock is
+        kept over all batches: the device's answers wake the thread, which would be busy in between.
         """
-        assert 0 < old.size == new.size <= MOVE_PAGES_MAX, (old.size, new.size)
         if not self._lock.acquire(blocking=False):
-            return False
+            return 0
+        moved = 0
         try:
-            if not self._driver.handle(MovePages(int(new.size))):
-                return False
-            self._moving_out = old
-            sent = self._pages.send_new(new)
-            assert sent == new.size, (sent, new.size)  # nothing else is under way: the ring is empty
-            self._obey_all([Submitted(QUEUE_INFLATE, sent)])
-            deadline = time.monotonic() + ANSWER_S_MAX
-            while self._pages_in_flight and self._wait_acknowledged(deadline):
-                self._take_acknowledged()
+            while moved < old.size and self._driver.handle(MovePages(min(old.size - moved, MOVE_PAGES_MAX))):
+                part = slice(moved, min(moved + MOVE_PAGES_MAX, old.size))
+                self._move_batch(old[part], new[part])
+                moved = part.stop
         finally:
             self._lock.release()
         self.wake()  # the thread writes `actual`
-        return True
+        return moved
+
+    def _move_batch(self, old: U64Array, new: U64Array) -> None:
+        """The driver agreed: send the new places, and go on as the device answers, for a bounded time."""
+        self._moving_out = old
+        sent = self._pages.send_new(new)
+        assert sent == new.size, (sent, new.size)  # nothing else is under way: the ring is empty
+        self._obey(Submitted(QUEUE_INFLATE, sent))
+        deadline = time.monotonic() + ANSWER_S_MAX
+        while self._pages_in_flight and self._wait_acknowledged(deadline):
+            self._take_acknowledged()
 
     # --- turns: all of it under the lock ---
 
     def _turn(self) -> bool:
         """One bounded piece of work; whether there is more to do at once."""
-        for fd in (self._wake_fd, *self._front_end.call_fds):
+        for fd in self._front_end.call_fds:
             drain(fd)
         self._look_at_config()
         self._take_acknowledged()
@@ -367,14 +372,11 @@ class Balloon:
             if config.actual != self._driver.actual:  # a device that started anew
                 self._actual_to_write = self._driver.actual
 
-    def _obey(self, event: DriverEvent) -> None:
-        """Tell the driver what happened and do what it says."""
-        self._obey_all([event])
-
-    def _obey_all(self, events: list[DriverEvent]) -> None:
+    def _obey(self, *events: DriverEvent) -> None:
+        """Tell the driver what happened and do what it says, until nothing follows."""
         while events:
             commands = [command for event in events for command in self._driver.handle(event)]
-            events = [done for command in commands for done in self._execute(command)]
+            events = tuple(done for command in commands for done in self._execute(command))
 
     def _execute(self, command: DriverCommand) -> list[DriverEvent]:
         """Do one thing; what to tell the driver about it."""
@@ -493,6 +495,6 @@ class Balloon:
 
     def _wait_acknowledged(self, deadline: float) -> bool:
         """Wait until the device answers on the inflate or deflate queue; False when it does not in time."""
-        if not self._pages_in_flight:
-            return False  # the driver may not deflate on OOM, or has nothing left
+        if not self._pages_in_flight:  # the driver may not deflate on OOM, or has nothing left
+            return False
         return self._front_end.wait_for_call((QUEUE_INFLATE, QUEUE_DEFLATE), deadline)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from guest_agent.balloon import MOVE_PAGES_MAX
 from guest_agent.frames import OWNER_BALLOON, OWNER_BALLOON_NEW, FrameKind
 
 if TYPE_CHECKING:
@@ -27,9 +26,9 @@ __all__ = ["Compaction"]
 
 
 class Compaction:
-    """Makes blocks. `move(old, new)` is the balloon's `move_pages`."""
+    """Makes blocks. `move(old, new)` is the balloon's `move_pages`: how many pages moved."""
 
-    def __init__(self, buddy: BuddyAllocator, move: Callable[[U64Array, U64Array], bool]) -> None:
+    def __init__(self, buddy: BuddyAllocator, move: Callable[[U64Array, U64Array], int]) -> None:
         self._buddy = buddy
         self._frames = buddy.frames
         self._move = move
@@ -46,17 +45,11 @@ class Compaction:
                 return False
             start, end = block << order, (block + 1) << order
             old, new, inside = self._pages_for(start, end)
-        whole = new.size == old.size
-        done = 0
-        while whole and done < old.size:
-            part = slice(done, done + MOVE_PAGES_MAX)
-            if not self._move(old[part], new[part]):
-                break
-            done += int(old[part].size)
+        done = self._move(old, new) if new.size else 0
         self.moved_pages += done
         with self._buddy.lock:
             self._buddy.free_bulk(np.concatenate((inside, new[done:])))
-            return whole and done == old.size and not self._frames.kind[start:end].any()
+            return done == old.size and not self._frames.kind[start:end].any()
 
     def _cheapest(self, order: int) -> int | None:
         """The block of this order with the fewest ballooned pages among those that hold nothing else."""

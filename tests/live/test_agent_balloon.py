@@ -229,3 +229,30 @@ def test_a_node_that_talks_nonsense_or_nothing_is_left_for_the_next(
     wait_until(lambda: server.status().ready, "the next node")
     assert hold(guest, server) > 0
     server.stop()
+
+
+# --- the end ------------------------------------------------------------------------------------------
+
+
+class ShutBehind:
+    """The guest's gate, shut as soon as somebody is inside, and the balloon's thread told of it."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+
+    def __enter__(self) -> None:
+        self.guest.gate.__enter__()
+        self.guest.gate.shut()
+        self.guest.balloon.wake()
+
+    def __exit__(self, *error: object) -> None:
+        self.guest.gate.__exit__(None, None, None)
+
+
+def test_a_guest_that_ends_while_its_balloon_is_at_work_ends(guests: Callable[..., Guest]) -> None:
+    """Who is inside must not take the wake that is meant for the next look, and sleep on."""
+    guest = guests(64 << 20)
+    guest.balloon._gate = ShutBehind(guest)  # type: ignore[assignment]
+    guest.start(connect=False)
+    guest.threads[0].join(10)
+    assert not guest.threads[0].is_alive()
