@@ -5,12 +5,14 @@ Rule 1: a peer's mistake is INVALID_ARGUMENT or FAILED_PRECONDITION with one lin
 Rule 2: a page stream that ends otherwise than by the source's half-close is told to the intake, once, whatever
         state its generator is in.
 Rule 3: the page streams together acknowledge every ACK_EVERY chunks, and at once when a chunk carries no pages.
+Rule 4: of every page stream one message is taken out of gRPC while the one before it is stored.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import threading
+from concurrent import futures
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -149,7 +151,7 @@ class MigrationServicer:
     ) -> Iterator[migration_pb2.ChunkAck]:
         every = max(ACK_EVERY // receiver.streams, 1)
         unanswered = 0
-        for message in messages:
+        for message in one_ahead(messages):
             chunk = receiver.store(stream, message)
             unanswered += 1
             asked = not (chunk.data_page_count or chunk.zero_page_count)
@@ -158,6 +160,25 @@ class MigrationServicer:
             if unanswered == every or asked:
                 unanswered = 0
                 yield migration_pb2.ChunkAck(stored_below=chunk.header.sequence + 1)
+
+
+def one_ahead(messages: Iterator[bytes]) -> Iterator[bytes]:
+    """The same messages, each asked for before the one before it is used.
+
+    gRPC begins to take a message out of its buffers when it is asked for it: a reader that first stores the one
+    before has receiving and storing take turns, and one of two cores idle.
+
+    Raises:
+        grpc.RpcError: as `messages`, when the source's connection is gone.
+    """
+    thread = futures.ThreadPoolExecutor(1, "pages")
+    try:
+        coming = thread.submit(next, messages, None)
+        while (message := coming.result()) is not None:  # ends: a message, or the call's end
+            coming = thread.submit(next, messages, None)
+            yield message
+    finally:
+        thread.shutdown(wait=False)  # it waits for the call's end
 
 
 def register(servicer: MigrationServicer, server: grpc.Server) -> None:

@@ -11,9 +11,9 @@ import sys
 import structlog
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 KEPT_BLOCK_BYTES_MAX = 32 << 20  # glibc's own upper limit for the threshold
-KEPT_TOP_BYTES = 16 << 20  # per arena, and there are few: a node's own memory stays below 200 MiB
+KEPT_TOP_BYTES = 48 << 20  # a window of chunks comes and goes in it; a node's own memory stays below 200 MiB
 
 
 def configure_logging() -> None:
@@ -31,14 +31,16 @@ def configure_logging() -> None:
 
 
 def keep_large_blocks() -> None:
-    """Have malloc keep freed megabytes instead of giving each one back to the kernel (mallopt(3)).
+    """Have malloc keep freed megabytes, for all threads together, instead of giving each one back (mallopt(3)).
 
-    Every chunk is several allocations of a little more than 1 MiB, in gRPC's core and here. By default each is
-    mapped, faulted in page by page, and unmapped: about 0.15 ms a chunk at the receiver. Other C libraries
+    Every chunk is several allocations of its size, in gRPC's core and here. By default each is mapped, faulted in
+    page by page, and unmapped. And every thread takes from an arena of its own, while a chunk is made by one
+    thread and freed by another: it goes from cold memory to cold memory (benchmarks/RESULTS.md). Other C libraries
     than glibc have no mallopt; there nothing changes.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
+        libc.mallopt(M_ARENA_MAX, 1)
         libc.mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES_MAX)
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_TOP_BYTES)
 
