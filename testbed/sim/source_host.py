@@ -3,6 +3,7 @@
 Rule 1: one thing at a time, with a moment between two orders: the guest lives on between them, and what others tell
         may come in between.
 Rule 2: at a point where a fault comes the run is held until the fault is felt.
+Rule 3: a wish to cancel goes before the facts that wait; one that is effective is the end of the attempt here.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class SourceRun:
         self._ended = ended
         self._events: deque[told.SourceEvent] = deque()
         self._first: deque[told.SourceEvent] = deque()
+        self._wishes: deque[str] = deque()
+        self._cancelled = False
         self._commands: deque[do.SourceCommand] = deque()
         self._timers: dict[told.Timer, object] = {}
         self._stepping = False
@@ -76,7 +79,8 @@ class SourceRun:
 
     def cancel(self, reason: str) -> None:
         """The wish."""
-        self.post(told.CancelRequested(reason))
+        self._wishes.append(reason)
+        self.go_on()
 
     def post(self, event: told.SourceEvent) -> None:
         """Queue a fact."""
@@ -105,6 +109,9 @@ class SourceRun:
             self._execute(self._commands.popleft())
         elif self._first:
             self._handle(self._first.popleft())
+        elif self._wishes:
+            self._cancelled |= self.machine.reversible
+            self._handle(told.CancelRequested(self._wishes.popleft()))
         elif self._events:
             self._handle(self._events.popleft())
         else:
@@ -192,6 +199,8 @@ class SourceRun:
 
     def finish(self, command: do.EndMigration) -> None:
         """The attempt is over."""
+        if self._cancelled and command.outcome == "completed":
+            raise ViolationError("a wish that is effective ends the attempt", f"it ended {command.outcome}")
         self.over = True
         self.shell.release()
         self._ended(self, command)
