@@ -410,7 +410,7 @@ class Intake:
         self._host.balloon.adopt_state(request.device, receiver.ram.pages)
         ballooned = self._host.balloon.ballooned(receiver.ram.pages)
         if ballooned.any():
-            give_back(receiver.ram, ballooned & (receiver.stored_hashes != 0))
+            give_back(receiver.ram, ballooned, receiver.stored_hashes)
         self._restored = True  # from here on a failure must discard what the agent may hold
         device = {
             "features": request.device.features,

@@ -63,9 +63,23 @@ def ballooned_holes(balloon: BalloonServer, ram: HostRam) -> PageBits | None:
     return holes if holes.any() else None
 
 
-def give_back(ram: HostRam, ballooned: PageBits) -> None:
-    """Punch these pages: what was stored of them before the balloon took them is nobody's."""
-    first, count = ballooned.runs()
+def ballooned_for_good(held: PageBits, sent_hashes: U64Array, left_out: PageBits | None) -> PageBits:
+    """Of a paused guest: the balloon's pages of which the destination has nothing, or nothing to keep.
+
+    Args:
+        held: what the balloon holds.
+        sent_hashes: per page, 0 where nothing was sent.
+        left_out: of the last harvest, as the tracker says.
+    """
+    if not held.any():
+        return held
+    unsent = PageBits.of(sent_hashes == 0)
+    return held & (unsent if left_out is None else unsent | left_out)
+
+
+def give_back(ram: HostRam, ballooned: PageBits, stored_hashes: U64Array) -> None:
+    """Punch what was stored (hash not 0) of these pages before the balloon took them: it is nobody's."""
+    first, count = (ballooned & (stored_hashes != 0)).runs()
     for start, length in zip(first.tolist(), count.tolist(), strict=True):
         ram.punch(start, length)
 

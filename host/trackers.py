@@ -25,19 +25,17 @@ if TYPE_CHECKING:
     from host.device_log import DeviceLog
     from host.guest_memory import HostRam
     from host.pagemap import WriteScanner
-    from migration.pages import U32Array, U64Array
+    from migration.pages import U64Array
 
     Ballooned = Callable[[int], PageBits]  # pages of the guest -> those in the balloon
-    Runs = tuple[U64Array, U32Array]  # (first, count), ascending
 
 TrackerName = Literal["uffd", "hash"]
-NO_RUNS: Runs = (np.empty(0, np.uint64), np.empty(0, np.uint32))
 
 
 class DirtyTracker(Protocol):
-    """What both trackers do. One thread at a time. `left_out`: pages of rule 5, as of the last harvest."""
+    """What both trackers do. One thread at a time. `left_out`: pages of rule 5 at the last harvest."""
 
-    left_out: Runs
+    left_out: PageBits | None
 
     @property
     def name(self) -> TrackerName:
@@ -64,7 +62,7 @@ class UffdTracker:
     def __init__(
         self, scanner: WriteScanner, device_log: DeviceLog, ballooned: Ballooned | None = None
     ) -> None:
-        self.left_out = NO_RUNS
+        self.left_out: PageBits | None = None
         self._scanner = scanner
         self._device_log = device_log
         self._ballooned = ballooned
@@ -105,7 +103,7 @@ class HashTracker:
     ) -> None:
         if len(sent_hashes) != ram.pages:
             raise ValueError(f"{len(sent_hashes)} hashes for {ram.pages} pages")
-        self.left_out = NO_RUNS
+        self.left_out: PageBits | None = None
         self._ram = ram
         self._sent_hashes = sent_hashes
         self._device_log = device_log
@@ -179,7 +177,7 @@ def _with_device_stores(
     device_log: DeviceLog,
     ballooned: Ballooned | None,
     unwritten: Callable[[], PageBits],
-) -> tuple[PageBits, Runs]:
+) -> tuple[PageBits, PageBits | None]:
     """`dirty` with what the devices stored, without ballooned pages that the guest left alone; and these.
 
     `unwritten` says which pages the guest did not write since the balloon may have taken them.
@@ -187,12 +185,14 @@ def _with_device_stores(
     # Taken after the guest's harvest: whatever the devices stored until now is in this one.
     first, count = device_log.take_runs(dirty.pages)
     if not first.size:
-        return dirty, NO_RUNS
+        return dirty, None
     logged = PageBits.of_runs(first, count, dirty.pages)
     held = ballooned(dirty.pages) if ballooned is not None else None
     if held is None or not held.any():
-        return dirty | logged, NO_RUNS
-    out = logged & held & unwritten()
-    left_out = out.runs()
-    device_log.add_runs(left_out[0], left_out[1].astype(np.uint64))
-    return (dirty | logged).minus(out), left_out
+        return dirty | logged, None
+    left_out = logged & held & unwritten()
+    if not left_out.any():
+        return dirty | logged, None
+    first, pages = left_out.runs()
+    device_log.add_runs(first, pages.astype(np.uint64))
+    return (dirty | logged).minus(left_out), left_out

@@ -106,12 +106,12 @@ class DestinationOpened:
 class TrackingStarted:
     """From now on every write of the guest is in some later harvest.
 
-    `ballooned` (pages,): in the balloon and a hole, looked up afterwards: neither read nor sent, as the destination
+    `ballooned`: in the balloon and a hole, looked up afterwards: neither read nor sent, as the destination
     has zeroes there and so has the guest when it takes them back. None: no such pages. `handover`: what the stop is
     expected to take beside its pages.
     """
 
-    ballooned: BoolArray | PageBits | None = None
+    ballooned: PageBits | None = None
     handover: Handover = NO_TIME
 
 
@@ -119,11 +119,11 @@ class TrackingStarted:
 class Harvested:
     """Pages written since the last harvest, shape (pages,); the tracker is armed anew for them.
 
-    `ballooned_pages`: not in `dirty`, since the balloon took them and the guest wrote none of them.
+    `ballooned`: not in `dirty`, since the balloon took them and the guest wrote none of them. None: no such pages.
     """
 
     dirty: BoolArray | PageBits
-    ballooned_pages: int = 0
+    ballooned: PageBits | None = None
 
 
 @dataclass(frozen=True, slots=True)

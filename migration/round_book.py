@@ -53,12 +53,12 @@ class RoundBook:
         assert self.round is not None, "no round was opened"
         return self.round
 
-    def open(
-        self, candidates: BoolArray | PageBits, ballooned_pages: int, now_ns: int, *, hints: bool
-    ) -> Note:
-        """Begin the next round with this set."""
+    def open(self, candidates: PageBits, ballooned: PageBits | None, now_ns: int, *, hints: bool) -> Note:
+        """Begin the next round with this set, without what rests in the balloon."""
+        if ballooned is not None:
+            candidates = candidates.minus(ballooned)
         self.round = RoundSet(len(self.ledger.rounds) + 1, candidates, hints_allowed=hints)
-        self.round.ledger.ballooned_pages = ballooned_pages
+        self.round.ledger.ballooned_pages = 0 if ballooned is None else ballooned.count
         self._round_started_ns = self._sending_since_ns = now_ns
         return Note("round_started", {"round": self.round.index, "candidate_pages": self.round.remaining})
 

@@ -180,16 +180,13 @@ class SourceMachine:
         if not isinstance(event, told.TrackingStarted):
             return []
         self.book.handover = event.handover
-        if event.ballooned is None:
-            return self._begin_round(PageBits.full(self._request.pages), 0)
-        left_out = PageBits.of(event.ballooned)
-        return self._begin_round(~left_out, left_out.count)
+        return self._begin_round(PageBits.full(self._request.pages), event.ballooned)
 
     # -- rounds --------------------------------------------------------------------------------
 
-    def _begin_round(self, candidates: PageBits, ballooned_pages: int) -> list[SourceCommand]:
+    def _begin_round(self, candidates: PageBits, ballooned: PageBits | None) -> list[SourceCommand]:
         hints = self._request.skip.uses_hints
-        note = self.book.open(candidates, ballooned_pages, self._now_ns, hints=hints)
+        note = self.book.open(candidates, ballooned, self._now_ns, hints=hints)
         if not hints:
             return [note, *self._send_next(P.SENDING, P.DRAINING)]
         self.phase = P.HINTING
@@ -274,13 +271,13 @@ class SourceMachine:
         match decision.kind:
             case DecisionKind.NEXT_ROUND:
                 self.book.decided(stats, self.book.throttle_percent)
-                return [note, *self._begin_round(dirty, event.ballooned_pages)]
+                return [note, *self._begin_round(dirty, event.ballooned)]
             case DecisionKind.THROTTLE:
                 self.book.decided(stats, decision.throttle_percent)
                 return [
                     note,
                     *self._throttle(decision.throttle_percent),
-                    *self._begin_round(dirty, event.ballooned_pages),
+                    *self._begin_round(dirty, event.ballooned),
                 ]
             case DecisionKind.STOP_COPY:
                 self._pending = dirty
@@ -302,7 +299,8 @@ class SourceMachine:
     def _on_final_harvesting(self, event: SourceEvent) -> list[SourceCommand]:
         if not isinstance(event, told.Harvested):
             return []
-        note = self.book.open(self._pending | event.dirty, event.ballooned_pages, self._now_ns, hints=False)
+        # What is pending may have gone into the balloon since the harvest before: nobody needs it any more.
+        note = self.book.open(self._pending | event.dirty, event.ballooned, self._now_ns, hints=False)
         return [note, *self._send_next(P.FINAL_SENDING, P.FINAL_DRAINING)]
 
     def _on_final_draining(self, event: SourceEvent) -> list[SourceCommand]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, assert_never
 import grpc
 import structlog
 
-from host.ballooned import ballooned_holes, pack
+from host.ballooned import ballooned_for_good, ballooned_holes, pack
 from host.clock import now_ns
 from host.errors import AgentError, AgentLost, DeviceNotReady, HostError, JournalConflict
 from host.resources import cpu_seconds
@@ -313,7 +313,7 @@ class SourceShell:
         if self._machine.phase is SourcePhase.FINAL_HARVESTING:
             self.watch.passed("harvest", now_ns())
         self._host.events.add("harvested", duration_ms=duration_ns / 1e6, dirty_pages=dirty.count)
-        self._post(told.Harvested(dirty, int(self._tracker.left_out[1].sum())))
+        self._post(told.Harvested(dirty, self._tracker.left_out))
 
     def _pause(self) -> None:
         self.watch.pause_ordered(now_ns())
@@ -332,6 +332,9 @@ class SourceShell:
             # Every chunk is acknowledged: what became of the destination, or of the link, Prepare will show.
             self._pages.cancel()
             self._host.events.add("streams_not_ended", timeout_s=STREAM_CLOSE_TIMEOUT_S)
+        assert self._tracker is not None, "tracking was not started"
+        held = self._host.balloon.ballooned(self._ram.pages)
+        ballooned = ballooned_for_good(held, self._ram_reader.sent_hashes, self._tracker.left_out)
         state = migration_pb2.DeviceState(
             features=device.features,
             num_pages=device.num_pages,
@@ -340,7 +343,7 @@ class SourceShell:
             next_command_id=device.next_command_id,
             ring_bases=device.ring_bases,
             hints_open=device.hints_open,
-            ballooned=self._ballooned_for_ever(),
+            ballooned=pack(ballooned),
         )
         digest = image_digest(
             self._ram_reader.sent_hashes, vcpu_state, state.SerializeToString(deterministic=True)
@@ -360,16 +363,6 @@ class SourceShell:
         )
         self.watch.passed("save", now_ns())
         self._post(told.GuestSaved(digest))
-
-    def _ballooned_for_ever(self) -> bytes:
-        """Of the paused guest: the balloon's pages of which the destination has nothing, or nothing to keep."""
-        assert self._tracker is not None, "tracking was not started"
-        held = self._host.balloon.ballooned(self._ram.pages)
-        if not held.any():
-            return b""
-        held &= self._ram_reader.sent_hashes == 0
-        held.add_runs(*self._tracker.left_out)
-        return pack(held)
 
     def _keep_evidence(self) -> None:
         self.watch.passed("prepare", now_ns())

@@ -7,6 +7,7 @@ from migration import commands as do
 from migration import events as told
 from migration.convergence import ThrottleSteps, at_local_minimum, recent_rate, stalled
 from migration.errors import LocalProtocolError
+from migration.page_bits import PageBits
 from migration.round_book import RoundBook
 from migration.rounds import DecisionKind, Limits, RoundStats, decide
 from migration.source_phases import SourcePhase
@@ -256,7 +257,7 @@ def test_every_decision_is_one_line_with_its_reason():
 
 def test_the_books_of_a_round_survive_time_without_a_link():
     book = RoundBook()
-    book.open(np.ones(10, bool), 0, 1000, hints=False)
+    book.open(PageBits.full(10), None, 1000, hints=False)
     book.begin_sending(2000)
     book.take()
     book.link_was_lost(3000, 9000)

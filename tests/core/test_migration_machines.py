@@ -8,6 +8,7 @@ from migration import events as told
 from migration.dest_machine import DestPhase
 from migration.errors import LocalProtocolError
 from migration.identity import AttemptKey
+from migration.page_bits import PageBits
 from migration.rounds import Limits
 from migration.source_machine import SourceMachine
 from migration.source_phases import (
@@ -52,6 +53,29 @@ def test_hints_come_first_nothing_is_sent_before_the_guests_stop():
     opened = next(i for i, command in enumerate(pair.log) if isinstance(command, do.OpenHints))
     harvest_or_start = next(i for i, c in enumerate(pair.log) if isinstance(c, do.StartTracking))
     assert harvest_or_start < opened < first_send
+
+
+def test_what_went_into_the_balloon_before_the_pause_is_not_sent_at_the_end(monkeypatch):
+    def write_before_each_harvest(pair, command):
+        if isinstance(command, do.Harvest) and pair.guest.running_at == "source":
+            for pfn in (5, 6):
+                pair.guest.write(pfn, 77)
+
+    pair = MachinePair(64, before=write_before_each_harvest)
+    ballooned = np.zeros(64, bool)
+    ballooned[5] = True
+    tell = pair.tell
+
+    def tell_of_the_balloon(event):
+        if pair.source.phase is SourcePhase.FINAL_HARVESTING and isinstance(event, told.Harvested):
+            event = told.Harvested(event.dirty, PageBits.of(ballooned))
+        tell(event)
+
+    monkeypatch.setattr(pair, "tell", tell_of_the_balloon)
+    assert pair.run() == "completed"
+    last = [command for command in pair.log if isinstance(command, do.SendPages)][-1]
+    assert last.pfns.tolist() == [6]
+    assert pair.source.ledger.rounds[-1].ballooned_pages == 1
 
 
 def test_a_guest_that_never_stops_its_report_delays_the_round_and_no_more():

@@ -32,7 +32,7 @@ def armed(ballooned):
 
 
 def test_the_first_round_sends_every_page_but_those_in_the_balloon():
-    machine, commands = armed(mask_of(5, 6, 63))
+    machine, commands = armed(PageBits.of(mask_of(5, 6, 63)))
     (order,) = (command for command in commands if isinstance(command, do.SendPages))
     assert order.pfns.tolist() == [pfn for pfn in range(PAGES) if pfn not in (5, 6, 63)]
     assert machine.round_set.ledger.ballooned_pages == 3
@@ -110,7 +110,7 @@ class TestBooks:
 
     def opened(self, *, begun_sending_ns):
         book = RoundBook()
-        book.open(PageBits.of(mask_of(*range(10))), 0, 0, hints=True)
+        book.open(PageBits.of(mask_of(*range(10))), None, 0, hints=True)
         book.begin_sending(begun_sending_ns)
         return book
 
@@ -133,7 +133,7 @@ class TestBooks:
     def test_rounds_under_different_throttles_are_not_compared(self):
         book, before = RoundBook(), []
         for index, (remaining, throttle) in enumerate([(30, 0), (20, 0), (10, 50), (5, 50)]):
-            book.open(PageBits(PAGES), 0, index, hints=False)
+            book.open(PageBits(PAGES), None, index, hints=False)
             book.finish(None, index)
             stats = book.stats(mask_of(*range(remaining)), index, link_up=True)
             before.append(stats.before)
