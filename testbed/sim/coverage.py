@@ -1,6 +1,7 @@
 """How often every transition, fault and point was reached over all worlds of a run, and what never was.
 
-Rule 1: the universe is made from the machines' own tables and from the kinds of faults: nothing is listed by hand.
+Rule 1: the universe is made from the machines' own tables and from the kinds of faults. Listed by hand are
+        outcomes, and what ballooned pages go through, which no table says.
 """
 
 from __future__ import annotations
@@ -15,6 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 OUTCOMES = ("completed", "rehearsal", "cancelled", "failed")
+BALLOON = (
+    "left out of round 1",
+    "left out of a later round",
+    "left out of the last round",
+    "written before the host was told",
+    "deflated, and not yet taken out, at the hand-over",
+    "given back by the next host",
+    "known to the next host",
+)
 MESSAGES = tuple(f"{word} a message" for word in ("lose", "duplicate", "delay", "reorder"))
 
 
@@ -25,6 +35,7 @@ def universe() -> dict[str, list[str]]:
         "dest_transitions": _transitions(dest_machine.TRANSITIONS),
         "points": list(POINTS),
         "faults": [*KINDS, *MESSAGES, "second process refused"],
+        "balloon": list(BALLOON),
         "outcomes": list(OUTCOMES),
     }
 
@@ -34,6 +45,7 @@ PREFIXES = {
     "dest_transitions": "dest ",
     "points": "point ",
     "faults": "fault ",
+    "balloon": "balloon ",
     "outcomes": "outcome ",
 }
 

@@ -16,6 +16,7 @@ import numpy as np
 from dest_node.outcomes import Outcomes
 from dest_node.page_receiver import PageReceiver
 from dest_node.recovery import aborted_image, committed_image, last_given_epoch
+from host.ballooned import give_back
 from migration import commands as do
 from migration import events as told
 from migration.codec import UNPACKED, decode_chunk, image_digest
@@ -87,6 +88,8 @@ class SimIntake:
         if key != self.machine.key:
             if (entry := self.node.journal.get(key, "dest")) is not None:
                 raise CallRefused(f"attempt {key} was {entry.state} here before")
+            if self.machine.phase in {DestPhase.IDLE, DestPhase.ABORTED}:
+                self._drop_image()
             state = self.node.agent.hello()
             if state is not State.STANDBY and self.machine.phase is DestPhase.IDLE:
                 raise CallRefused(f"the guest agent is {state.value}, not standby")
@@ -378,9 +381,16 @@ class SimIntake:
         receiver, request = self.receiver, self._prepare
         assert receiver is not None, "nothing was received"
         assert request is not None, "no Prepare at hand"
-        self.node.balloon.adopt_state(request.device)
+        balloon, ram = self.node.balloon, receiver.ram
+        plant = self.node.world.plant
+        balloon.adopt_state(request.device, ram.pages)
+        ballooned = balloon.ballooned(ram.pages)
+        if ballooned.any() and plant is not Plant.BALLOON_NOT_GIVEN_BACK:
+            stored = ram.populated()
+            give_back(ram, ballooned, receiver.stored_hashes)
+            self.node.world.count("balloon given back by the next host", (stored & ~ram.populated()).any())
         self._restored = True
-        self.node.agent.restore(key.guest_epoch, request.vcpu_state, receiver.ram)  # type: ignore[arg-type]
+        self.node.agent.restore(key.guest_epoch, request.vcpu_state, ram)  # type: ignore[arg-type]
 
     def _confirm(self, key: AttemptKey) -> None:
         agent = self.node.agent
@@ -390,6 +400,7 @@ class SimIntake:
     def _run_guest(self, key: AttemptKey) -> told.GuestStarted | told.GuestStartFailed:
         try:
             self.node.agent.run(key.next_epoch)
+            self._restored = False
         except (AgentRefused, AgentGone) as error:
             return told.GuestStartFailed(str(error), lost=not self.node.agent.alive)
         self.node.balloon.hints_done()
@@ -401,10 +412,13 @@ class SimIntake:
             if self.node.world.plant is Plant.RETRY_WITHOUT_ZEROING:
                 self.node.stale_ram = np.array(receiver.ram.words)
             receiver.abandon(1.0)
+        self._drop_image()
+
+    def _drop_image(self) -> None:
         if self._restored:
-            self._restored = False
             try:
                 self.node.agent.discard()
+                self._restored = False
             except (AgentRefused, AgentGone) as error:
                 self.node.world.say(self.node.name, f"discard unheard: {error}")
 

@@ -60,6 +60,12 @@ class Options:
     hint_mode: str = "hold"
     hint_diligence: float = 1.0  # chance that the driver does something in a slice
     retake: float = 0.1  # chance, per slice, that a hinted block is taken back and written
+    balloon: float = (
+        0.0  # the share of RAM up to which the operator inflates it, now and then; 0: there is none
+    )
+    balloon_runs: bool = False  # by F_SG, and not as arrays of page numbers
+    tells_host: bool = True  # MUST_TELL_HOST: waits for the host before it uses a deflated page
+    reports: bool = False  # its free pages, all the time
     guest_lies: bool = False
     rehearsal: bool = False
     rounds_max: int = 4
@@ -84,7 +90,7 @@ class Options:
 
 def draw(seed: int) -> Options:
     """The world of a seed."""
-    dice = stream(seed, "options")
+    dice, balloon = stream(seed, "options"), stream(seed, "balloon")
     large = dice.random() < 0.08
     on_stall = dice.choice(("none", "none", "none", "switch", "throttle", "cancel"))
     return Options(
@@ -103,6 +109,10 @@ def draw(seed: int) -> Options:
         hint_mode=dice.choice(("hold", "walk")),
         hint_diligence=dice.choice((1.0, 1.0, 1.0, 0.6, 0.4, 0.2, 0.05, 0.0)),
         retake=dice.choice((0.0, 0.2, 0.7)),
+        balloon=balloon.choice((0.0, 0.0, 0.0, 0.15, 0.4)),
+        balloon_runs=balloon.random() < 0.5,
+        tells_host=balloon.random() < 0.6,
+        reports=balloon.random() < 0.12,
         guest_lies=dice.random() < 0.1,
         rehearsal=dice.random() < 0.2,
         rounds_max=dice.randint(1, 7),

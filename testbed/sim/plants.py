@@ -27,6 +27,13 @@ class Plant(Enum):
     LATE_CHUNK_STORED = "late-chunk-stored"
     TWO_PROCESSES_ONE_JOURNAL = "two-processes-one-journal"
     DEVICE_STORES_NOT_LOGGED = "device-stores-not-logged"
+    BALLOON_LOOKED_UP_TOO_EARLY = "balloon-looked-up-too-early"
+    BALLOONED_THOUGH_WRITTEN = "ballooned-though-written"
+    BALLOON_MASK_STALE = "balloon-mask-stale"
+    BALLOON_DROPPED_AT_HANDOVER = "balloon-dropped-at-handover"
+    BALLOON_NOT_GIVEN_BACK = "balloon-not-given-back"
+    PUNCHED_PAGES_NOT_LOGGED = "punched-pages-not-logged"
+    CHAIN_BACK_BEFORE_PUNCH = "chain-back-before-punch"
 
 
 DESCRIPTIONS: dict[Plant, str] = {
@@ -43,6 +50,13 @@ DESCRIPTIONS: dict[Plant, str] = {
     Plant.LATE_CHUNK_STORED: "a chunk of a stream that was joined is stored when it arrives",
     Plant.TWO_PROCESSES_ONE_JOURNAL: "a hung node and its replacement act on one journal",
     Plant.DEVICE_STORES_NOT_LOGGED: "the device's own stores into guest memory are in no dirty log",
+    Plant.BALLOON_LOOKED_UP_TOO_EARLY: "round 1 leaves out what the balloon held before writes were tracked",
+    Plant.BALLOONED_THOUGH_WRITTEN: "a page in the balloon is left out though the guest wrote it before it told",
+    Plant.BALLOON_MASK_STALE: "what one harvest left out as ballooned the next one leaves out again",
+    Plant.BALLOON_DROPPED_AT_HANDOVER: "the next host is not told which pages are in the balloon",
+    Plant.BALLOON_NOT_GIVEN_BACK: "the next host keeps what it stored of pages that were ballooned afterwards",
+    Plant.PUNCHED_PAGES_NOT_LOGGED: "pages that the device gave back to the host are in no dirty log",
+    Plant.CHAIN_BACK_BEFORE_PUNCH: "inflated pages are answered at once and punched a moment later",
 }
 
 

@@ -21,7 +21,8 @@ from migration.rounds import Limits
 from testbed.sim import invariants
 from testbed.sim.errors import JournalRefused, ViolationError
 from testbed.sim.faults import Faults
-from testbed.sim.guest import HELD, Agent, State, Truth
+from testbed.sim.guest import Agent, Guest, State
+from testbed.sim.guest_memory import HELD, Truth
 from testbed.sim.network import Network
 from testbed.sim.node import Host
 from testbed.sim.options import ACTIVE_MS, Options, draw
@@ -39,6 +40,7 @@ RELEASE_MS = 400_000  # a slow driver looks only now and then
 ATTEMPTS_MAX = 4
 FINAL_ATTEMPTS_MAX = 3  # what an earlier attempt left at the destination may have to be told first
 QUIET_NS = 400 * MS
+BALLOON_BUSY_MS, BALLOON_IDLE_MS = (2, 24), (10, 160)  # between two sizes that the operator wants
 
 
 @dataclass(slots=True)
@@ -71,6 +73,7 @@ class Simulation:
         self.rehearse = options.rehearsal
         self._epoch = 0
         self._dice = world.dice("operator")
+        self._operator = world.dice("operator of the balloon")
         self.faults = Faults(self)
         self._last_outcome = ""
         self._final_attempts = 0
@@ -116,6 +119,8 @@ class Simulation:
             self.faults.watch(host)
             self.start_node(host)
         world.after(self._dice.randrange(4, 12) * MS, self._ask)
+        if self.options.balloon:
+            world.after(self._operator.randrange(*BALLOON_BUSY_MS) * MS, self._inflate)
         for fault in self.options.faults:
             self.faults.arm(fault)
         world.run_until(HEAL_MS * MS, lambda: False)
@@ -148,9 +153,21 @@ class Simulation:
         world.run_until(world.now_ns + 100 * MS, lambda: False)
         world.run_until(world.now_ns + RELEASE_MS * MS, given_back)
         invariants.hints_given_back(owner)
+        self._deflate(owner, guest)
         invariants.memory_is_whole(owner.agent, self.truth)
         world.run_until(world.now_ns + 4_000 * MS, lambda: not (self.network.calls or self.network.pipes))
         invariants.nothing_is_left(self.hosts)
+
+    def _deflate(self, owner: Host, guest: Guest) -> None:
+        """At the end the guest gets back what its balloon holds, wherever it was inflated."""
+        node, world = owner.node, self.world
+        assert node is not None, "a host that owns a guest has a node"
+        if not self.options.balloon or not self.options.hint_diligence:
+            return
+        node.balloon.set_num_pages(0)
+        world.run_until(world.now_ns + RELEASE_MS * MS, lambda: invariants.balloon_is_empty(node, guest))
+        if not invariants.balloon_is_empty(node, guest):
+            raise ViolationError("the balloon goes on", f"{guest.driver.balloon.actual} pages stay in it")
 
     def _final_attempt_over(self) -> bool:
         node = self.source.node
@@ -173,6 +190,17 @@ class Simulation:
         if node is not None and node.can_migrate() and self.attempts < ATTEMPTS_MAX * self.leg:
             self._migrate(final=False)
         self.world.after(self._dice.randrange(5, 40) * MS, self._ask)
+
+    def _inflate(self) -> None:
+        """Want a balloon of another size, most often while the guest is on its way; again in a moment."""
+        if self.faults.healed or self.leg > self.options.legs:
+            return
+        node, pages = self.source.node, int(self.options.pages * self.options.balloon)
+        migrates = node is not None and node.run is not None and not node.run.over
+        if node is not None and self.source.up and node.balloon.ready:
+            node.balloon.set_num_pages(self._operator.randrange(pages))
+        pause_ms = BALLOON_BUSY_MS if migrates else BALLOON_IDLE_MS
+        self.world.after(self._operator.randrange(*pause_ms) * MS, self._inflate)
 
     def _next_leg(self) -> None:
         """The guest arrived: where it came from is room again, and from here it goes back."""
@@ -226,8 +254,9 @@ class Simulation:
         if agent.state is State.RUNNING and agent.epoch > self._epoch:
             self._epoch = agent.epoch
             if agent.epoch > 1:
-                other = next(host.agent for host in self.hosts if host.agent is not agent)
-                invariants.handed_over(other, agent, self.truth)
+                here, there = sorted(self.hosts, key=lambda host: host.agent is agent)
+                invariants.handed_over(here.agent, agent, self.truth)
+                invariants.balloon_arrived(here, there, self.truth)
 
     def _owner(self) -> Host | None:
         for host in self.hosts:

@@ -6,17 +6,21 @@ Rule 2: an order that takes time blocks the run, as it blocks the real migration
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, assert_never
 
+from host.ballooned import ballooned_for_good, pack
 from host.trackers import UffdTracker
 from migration import commands as do
 from migration import events as told
 from migration.codec import image_digest
 from migration.handover import Handover
 from migration.page_bits import PageBits
+from migration.source_phases import SourcePhase
 from source_node.packer import packers
 from source_node.page_reader import PageReader
 from testbed.sim.errors import AgentGone, AgentRefused, DeviceNotReady
+from testbed.sim.left_out import LeftOut
 from testbed.sim.network import Lost, Refusal
 from testbed.sim.orders import Order, Prepare
 from testbed.sim.page_lanes import SimStreams
@@ -73,6 +77,7 @@ class SourceShell:
         self._incarnation = ""
         self._prepare: Prepare | None = None
         self._kept_id = 0  # planted: the one command id
+        self._left_out = LeftOut(node, self.guest)
         node.balloon.sink = self._hinted
 
     def _hinted(self, batch: HintBatch) -> None:
@@ -115,6 +120,7 @@ class SourceShell:
             case do.DisarmTimer(timer):
                 self.run.disarm(timer)
             case do.SendPages(round_index, pfns):
+                self._left_out.check(round_index, pfns)
                 self._lanes.send(round_index, pfns)
             case do.AwaitAcknowledgements():
                 round_set = self.run.machine.round_set
@@ -221,17 +227,20 @@ class SourceShell:
         streams.was_read = self._was_read
         self._streams = streams
         self.run.blocked = True
+        self._left_out.tracking_ordered()
         node.world.after(self.run.dice.randrange(1, ARMING_NS), self._armed, node)
 
     def _armed(self) -> None:
         """The streams were open while the tracker was armed."""
         assert self._reader is not None, "tracking is being started"
         self.run.blocked = False
-        self._tracker = UffdTracker(Scanner(self), self.node.balloon.log)  # type: ignore[arg-type]
+        balloon, scanner = self.node.balloon, Scanner(self)
+        self._tracker = UffdTracker(scanner, balloon.log, balloon.ballooned)  # type: ignore[arg-type]
         self._tracker.start()
         self.tracking = True
         self._reader.find_holes()
-        self.run.post(told.TrackingStarted(None, Handover(prepare=self.order.handover_ms)))
+        left_out = self._left_out.tracking_started()
+        self.run.post(told.TrackingStarted(left_out, Handover(prepare=self.order.handover_ms)))
 
     def _pages_sent(self, sent: told.PagesSent) -> None:
         self._tell_in_time(sent)
@@ -259,7 +268,8 @@ class SourceShell:
 
     def _harvest(self) -> None:
         assert self._tracker is not None, "tracking was not started"
-        self.run.post(told.Harvested(self._tracker.harvest()))
+        is_last = self.run.machine.phase is SourcePhase.FINAL_HARVESTING
+        self.run.post(self._left_out.harvested(self._tracker, last=is_last))
 
     def _open_hints(self) -> None:
         balloon = self.node.balloon
@@ -305,8 +315,12 @@ class SourceShell:
         self._lanes.close(closed)
         self.node.world.after(CLOSE_NS, lambda: closed(False), self.node)
 
-    def _saved(self, vcpu_state: bytes, device: bytes, rehearsal: bool) -> None:
+    def _saved(self, vcpu_state: bytes, state: dict[str, Any], rehearsal: bool) -> None:
         assert self._reader is not None, "tracking was not started"
+        assert self._tracker is not None, "tracking was not started"
+        held = self.node.balloon.ballooned(self.guest.ram.pages)
+        ballooned = ballooned_for_good(held, self._reader.sent_hashes, self._tracker.left_out)
+        device = json.dumps({**state, "ballooned": pack(ballooned).hex()}, sort_keys=True).encode()
         digest = image_digest(self._reader.sent_hashes, vcpu_state, device)
         self._prepare = Prepare(
             self.order.key,

@@ -117,6 +117,11 @@ class World:
             return came
         return False
 
+    def count(self, what: str, came: object) -> None:
+        """Something that worlds should reach, if it came."""
+        if came:
+            self.coverage[what] += 1
+
     def say(self, who: str, what: str) -> None:
         """One line of the transcript."""
         if self.transcript is not None:
