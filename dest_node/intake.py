@@ -114,6 +114,8 @@ class Intake:
                 self._outcomes.check_new(key)
                 held = os.fstat(self._receiver.ram.fd).st_blocks * 512 if self._receiver is not None else 0
                 idle = self._machine.phase is DestPhase.IDLE
+                if idle or self._machine.phase is DestPhase.ABORTED:
+                    self._drop_image()
                 check_room(self._host, memory_bytes, held_bytes=held, must_stand_by=idle)
             idle = self._receiver is None or not self._receiver.streaming
             # Made beforehand, so that a host without memory refuses before anything has changed. It is all hole.
@@ -452,6 +454,7 @@ class Intake:
         """Have the agent run the image."""
         started_ns = now_ns()
         at_ns = self._host.guest.link.run(key.next_epoch)
+        self._restored = False
         self.resume_ns = now_ns() - started_ns
         self._host.events.add(
             "guest_running", at_ns=at_ns, guest_epoch=key.next_epoch, resume_ms=self.resume_ns / 1e6
@@ -485,9 +488,13 @@ class Intake:
             self._host.events.add("draft_stays", reason=str(error))
         if receiver is not None and not receiver.abandon(JOIN_TIMEOUT_S):
             self._host.events.add("page_writer_stuck", chunks=receiver.stored_chunks)
+        self._drop_image()
+
+    def _drop_image(self) -> None:
+        """Have the agent drop what it may hold; one that does not hear it is told again before the next attempt."""
         if self._restored:
-            self._restored = False
             try:
                 self._host.guest.link.discard()
+                self._restored = False
             except (AgentError, AgentLost) as error:
                 self._host.events.add("discard_unheard", reason=str(error))

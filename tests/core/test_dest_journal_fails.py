@@ -6,6 +6,7 @@ import pytest
 
 from dest_node.intake import NOTICE_S, SILENCE_S
 from dest_node.outcomes import IntakeRefused
+from host.errors import AgentLost
 from migration.dest_machine import DestPhase
 from migration.errors import RemoteProtocolError
 from migration.events import Answer
@@ -97,6 +98,32 @@ def test_an_abort_that_could_not_be_recorded_is_recorded_by_whatever_comes_next(
     else:
         assert bed.prepare(digest=digest).answer is Answer.ABORTED
     assert bed.journal.get(KEY, "dest").state == "ABORTED"
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_an_agent_that_did_not_hear_that_its_image_is_dropped_hears_it_before_the_next_attempt(
+    bed, monkeypatch, forgotten
+):
+    bed.prepared()
+
+    def silent():
+        raise AgentLost("no answer")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bed.agent, "discard", silent)
+        bed.intake.abort(KEY, "enough")
+        assert bed.agent.state == "restored"
+        if forgotten:
+            bed.intake.forget(KEY)
+        else:
+            full(broken, bed)
+            refused(bed.open, LATER)
+        assert bed.intake._machine.phase is DestPhase.IDLE
+        with pytest.raises(IntakeRefused, match="is restored, not standby"):
+            bed.open(LATER)
+        assert bed.events.fields["discard_unheard"] == {"reason": "no answer"}
+    bed.prepared(AttemptKey("later still", 1, 1))
+    assert bed.agent.told == ["restore", "discard", "restore"]
 
 
 def test_the_same_attempt_of_another_epoch_is_refused_and_wedges_nothing(bed):

@@ -12,3 +12,13 @@ def test_a_slow_guest_gets_its_pages_back_when_the_device_restarts_right_after_d
         outcome = simulate(seed, options=options)
         assert not outcome.violation, f"seed {seed}: {outcome.violation}"
         assert outcome.coverage["fault crash dest node"] == 1
+
+
+def test_an_agent_that_did_not_hear_that_its_image_is_dropped_keeps_no_later_attempt_out():
+    """The next attempt could not be recorded; then nobody remembered the image, and its agent stood by no more."""
+    mute = Fault("mute dest agent", point="dest.PREPARED.written", for_ms=20.0)
+    full = Fault("fill dest journal", point="source.AbortDestination.after", for_ms=60.0)
+    for seed in range(10):  # before it was mended, all of these
+        outcome = simulate(seed, options=Options(faults=(mute, full)))
+        assert not outcome.violation, f"seed {seed}: {outcome.violation}"
+        assert outcome.coverage["fault fill dest journal"] == 1
