@@ -53,7 +53,10 @@ def demo(
     context_dest: ContextDest = None,
     as_json: Json = False,
 ) -> None:
-    """Migrate a guest four times, skipping nothing, zero pages, hinted pages, both; show what hints saved."""
+    """Migrate a guest four times and show what its hints saved.
+
+    Skipped are: nothing, zero pages, hinted pages, both. Every migration is judged.
+    """
     with told():
         from testbed.experiments.demo import run_arms, scenarios
         from testbed.interrupt import Interrupt
@@ -120,7 +123,7 @@ def compare(
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """Run a scenario in several variants, interleaved, and compare medians."""
+    """Run variants of a scenario, interleaved, and compare medians."""
     with told():
         from testbed.experiments.compare import run_variants, variants
         from testbed.interrupt import Interrupt
@@ -176,7 +179,10 @@ def dirtyrate(
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how fast a guest dirties memory, and predict its migration for each arm."""
+    """Measure how fast a guest dirties memory; predict migrations.
+
+    The predictions are for each of the four ways to skip pages: none, zero, hint, both.
+    """
     with told():
         from testbed.experiments.dirty_rate import dirty_rate_report, measured_rate
 
@@ -213,7 +219,7 @@ def check(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Say what this machine can do, and what it lacks for which feature."""
+    """Say what this machine can do, and what each feature lacks."""
     with told():
         from testbed.machine.doctor import examine, fit, to_dict
         from testbed.report.tables import doctor_table
@@ -231,7 +237,10 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove what crashed runs left behind: processes, containers, networks, directories that carry our label."""
+    """Remove what crashed runs left behind, and only that.
+
+    Processes, containers, networks and directories that carry Ballast's label.
+    """
     with told():
         from testbed.hosts.clean import look, remove
 

@@ -21,7 +21,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in guest.workload.1.fraction=0.5."),
 ]
-ScenarioPath = Annotated[Path, typer.Argument(metavar="SCENARIO.toml", help="See scenarios/.")]
+ScenarioPath = Annotated[
+    Path, typer.Argument(metavar="SCENARIO.toml", help="A file; examples are in scenarios/.")
+]
 RUNS = Path("runs")
 SessionDir = Annotated[
     Path | None,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from testbed.standing.sessions import Conversation, StandingSession
 
 fault_app = typer.Typer(
-    help="Break something between or in the hosts of a session, and heal it again.",
+    help="Break something in a session or heal it: add, heal, list.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -43,7 +43,10 @@ def up(
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """Start a scenario's hosts and its guest, and leave them standing for `migrate`, `fault`, `status`, `down`."""
+    """Start a scenario's hosts and guest, and leave them standing.
+
+    For `migrate`, `fault`, `status` and `down`, by hand (docs/sessions.md).
+    """
     with told():
         from testbed.interrupt import Interrupt
         from testbed.machine.capabilities import require
@@ -82,7 +85,10 @@ def migrate(
     ] = "completed",
     as_json: Json = False,
 ) -> None:
-    """Migrate the guest of a session once, judge it, and let the guest run on where it is then."""
+    """Migrate the guest of a session once, and judge that.
+
+    The guest runs on where it is then.
+    """
     with told():
         from testbed.interrupt import Interrupt
         from testbed.run.progress import display
@@ -156,7 +162,7 @@ def fault_list(*, session_dir: SessionDir = None, as_json: Json = False) -> None
 
 
 def status(*, session_dir: SessionDir = None, as_json: Json = False) -> None:
-    """Show a session's hosts, where the guest is, and the faults in force."""
+    """Show a session's hosts, its guest, and the faults in force."""
     with told():
         from testbed.report.session_tables import status_table
         from testbed.standing import sessions
@@ -187,7 +193,10 @@ def resolve(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """End a migration whose other side will never return, where the journals prove it safe; refused otherwise."""
+    """End a migration whose other side will never return.
+
+    Only where the journals prove it safe; refused otherwise (docs/safety.md).
+    """
     answer = _asked(session_dir, {"command": "resolve", "dead": dead, "fenced": fenced}, as_json=as_json)
     if not as_json:
         typer.echo(
@@ -196,7 +205,10 @@ def resolve(
 
 
 def down(*, session_dir: SessionDir = None, as_json: Json = False) -> None:
-    """Heal every fault, check the guest, end the session's hosts, and judge all that was recorded."""
+    """End a session, and judge all that was recorded.
+
+    Heals every fault and checks the guest before.
+    """
     with told():
         from testbed.checkers import judge
         from testbed.record.run_record import load

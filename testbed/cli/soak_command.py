@@ -47,14 +47,19 @@ def soak(
     keep: Annotated[bool, typer.Option("--keep", help="Keep the directories of all runs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
-    """Run random scenarios, faults and crashes until told to stop; keep what failed."""
+    """Run random scenarios, faults and crashes; keep what failed."""
     with told():
         import secrets
 
+        from testbed.errors import UsageError
         from testbed.experiments import soak as soaking
         from testbed.interrupt import Interrupt
 
         chosen = secrets.randbelow(1 << 31) if seed is None else seed
+        if only is not None and seed is None:
+            raise UsageError(
+                f"--only {only} repeats a run of a seed: say --seed too, as the failed run told it"
+            )
         drawn = _drawn(chosen, hosts, only=only, matrix=matrix, cell=cell)
         typer.echo(f"ballast: seed {chosen}", err=True)
         with Interrupt() as interrupt:
@@ -99,4 +104,5 @@ def _tell(line: Line, seed: int, *, as_json: bool) -> None:
 
 def _summary(done: Soaked) -> str:
     failed = len(done.failing)
-    return f"{len(done.lines)} runs in {done.seconds / 60:.1f} min, {failed} failed (seed {done.seed})"
+    runs = "1 run" if len(done.lines) == 1 else f"{len(done.lines)} runs"
+    return f"{runs} in {done.seconds / 60:.1f} min, {failed} failed (seed {done.seed})"

@@ -168,8 +168,10 @@ def load(path: Path) -> RunRecord:
         manifest = json.loads(run_dir.manifest.read_text(encoding="utf-8"))
         scenario = Scenario.model_validate(manifest["scenario"])
         lines = run_dir.events.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise RecordError(f"{path}: is no run directory ({error.filename} is missing)") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RecordError(
+            f"{path}: is no run directory ({error.filename} is missing); `ballast run` names its own"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise RecordError(f"{path}: the record is damaged: {str(error).splitlines()[0]}") from error
     events = [_event(line, number, len(lines), run_dir) for number, line in enumerate(lines, 1)]

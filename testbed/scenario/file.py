@@ -197,10 +197,11 @@ def _explain(error: ErrorDetails) -> str:
     path = ".".join(str(part) for part in location) or "scenario"
     if error["type"] == "extra_forbidden":
         return f"{path}: {_unknown_key(location, tag)}"
-    return f"{path}: {_problem(error)}"
+    return f"{path}: {problem_of(error)}"
 
 
-def _problem(error: ErrorDetails) -> str:
+def problem_of(error: ErrorDetails) -> str:
+    """What is wrong with one value, for people, without its path."""
     value, kind = error.get("input"), error["type"]
     match kind:
         case "missing":

@@ -43,7 +43,10 @@ def sim(
     processes: Annotated[int, typer.Option("--processes", min=0, help="0: one a core.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Simulate migrations: the real machines in virtual time, with faults drawn from the seed."""
+    """Simulate migrations in virtual time, with faults.
+
+    The machines are the real ones; network, hosts, guest and faults are drawn from the seed.
+    """
     from testbed.sim.plants import DESCRIPTIONS, Plant, plant_named
 
     if plant == "list":

@@ -22,7 +22,7 @@ from testbed.faults.fault import Applied, Fault, Target, apply, parse_fault, por
 from testbed.host_handles import SHORT_NAMES
 from testbed.record.run_dir import write_json
 from testbed.scenario.document import Scenario
-from testbed.scenario.file import set_key, split_override, validate
+from testbed.scenario.file import problem_of, set_key, split_override, validate
 from testbed.scenario.leg_keys import ORIGINS, Leg
 from testbed.standing.resolve import resolve
 from testbed.standing.sessions import manifest_of
@@ -135,12 +135,13 @@ class ByHand:
 
     def _leg(self, to: str | None, overrides: Sequence[str]) -> Leg:
         here = SHORT_NAMES[self._session.here]
-        there = [SHORT_NAMES[origin] for origin in self._session.hosts.hosts if origin != self._session.here]
+        hosts = sorted(SHORT_NAMES[origin] for origin in self._session.hosts.hosts)
+        there = [host for host in hosts if host != here]
         chosen = to or there[0]
         if chosen == here:
             raise UsageError(f"the guest is on {here} already: --to {' or '.join(there)}")
         if chosen not in ORIGINS or chosen not in there:
-            raise UsageError(f"--to {chosen!r}: this session has {' and '.join((here, *there))}")
+            raise UsageError(f"--to {chosen!r}: this session has {' and '.join(hosts)}")
         document = self._scenario.model_dump(mode="json", exclude={"leg"})
         for override in overrides:
             key, value = split_override(override)
@@ -298,10 +299,12 @@ class ByHand:
 
 def _explained(kind: str, problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"]) or "parameters"
-    message = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else str(problem["msg"])
+    message = problem_of(problem)
     if problem["type"] == "extra_forbidden":
         message = "there is no such parameter"
-    return f"fault {kind}: {place}: {message}"
+    elif place == "host":
+        message = f"{problem['input']!r} is no host: {', '.join(sorted(SHORT_NAMES.values()))}"
+    return f"fault {kind}: {place}: {message} (docs/faults/{kind}.md)"
 
 
 def _short_name(host: Host) -> str:

@@ -86,7 +86,8 @@ def test_the_command_line_refuses_what_it_cannot_do(tmp_path):
     for words, why in (
         (["--hosts", "moon"], "local or docker"),
         (["--cell", "commit/dest"], "there is no crash"),
-        (["--matrix", "--only", "3"], "exclude each other"),
+        (["--matrix", "--only", "3", "--seed", "4"], "exclude each other"),
+        (["--only", "3"], "say --seed too"),
     ):
         result = CliRunner().invoke(app, ["soak", *words, "--out", str(tmp_path)])
         assert result.exit_code == 2

@@ -186,7 +186,8 @@ def test_migrations_that_cannot_be_are_refused_and_not_counted(hands, to, overri
     [
         ("no-such", {}, UsageError, "there is no fault 'no-such'; one of"),
         ("pause", {"what": "nothing"}, UsageError, "what"),
-        ("loss", {}, UsageError, "share"),
+        ("loss", {}, UsageError, "share: is missing"),
+        ("pause", {"what": "guest_agent", "host": "z"}, UsageError, "'z' is no host: a, b, c"),
         ("loss", {"share": "1%", "sheer": 1}, UsageError, "sheer: there is no such parameter"),
         ("pause", {"what": "guest_agent", "for": "2s"}, UsageError, "ballast fault heal"),
         ("pause", {"what": "guest_agent", "host": "third"}, UsageError, "there is no host 'third'"),
