@@ -20,8 +20,11 @@ HOW = {"counted": "counted", "modelled": "from the protocol", "rest": "what rema
 
 def account_table(account: Account) -> Table:
     """One row per layer that carried anything."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=_caption(account), caption_justify="left")
-    table.add_column("bytes of", no_wrap=True)
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
+        caption=_caption(account), caption_justify="left",
+    )  # fmt: skip
+    table.add_column("bytes of")  # where it is narrow words are wrapped, figures never cut
     for heading in ("to the destination", "share", "back"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("known by", no_wrap=True, style="dim")

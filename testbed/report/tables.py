@@ -88,7 +88,7 @@ def savings(arms: Mapping[str, Result]) -> str:
 
 def run_report(result: Result) -> RenderableType:
     """One run: the rounds, the figures, the verdict."""
-    rounds = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    rounds = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("round", "time", "candidates", "sent", "zero", "skipped", "dirtied", "payload", "wire"):
         rounds.add_column(heading, justify="right", no_wrap=True)
     for part in result.rounds:
