@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 import numpy as np
 
@@ -75,6 +75,7 @@ BLOCK_PAGES_MAX = 4
 SPARE_PAGES = 12  # that the balloon leaves to the guest
 MOVED_PAGES = 4
 MOVES, RETRIES, REPORTS = 0.03, 0.2, 0.15  # chances per turn
+STOPS = 0.7  # chance that the largest lie is the last
 
 
 @dataclass(slots=True)
@@ -184,6 +185,8 @@ class Driver:
                 self._report.blocks = []
             case ReleaseHeld():
                 memory.kinds[memory.kinds == HELD] = FREE
+            case _ as never:
+                assert_never(never)
         return []
 
     # -- the balloon ---------------------------------------------------------------------------
@@ -326,11 +329,13 @@ class Driver:
                 self._command(memory.dice.randrange(2, 2**32))
             case 2:
                 self._command(self.balloon.command_id_received, length=3)
-            case 3:  # all that it lives on, but for its rings: it could not lie again
-                if not void.all():
-                    void[:] = True
-                    lived_on = memory.ram.pages - KERNEL_PAGES
-                    ring.add([], [(KERNEL_PAGES * PAGE_BYTES, lived_on * PAGE_BYTES)], None)
+            case 3 if not void.all():  # all of memory, and that this was all
+                void[:] = True
+                # A ring that it may not write again would be lost, and the guest with it.
+                first = KERNEL_PAGES if len(self.rings) > 1 else 0
+                ring.add([], [(first * PAGE_BYTES, (memory.ram.pages - first) * PAGE_BYTES)], None)
+                if memory.dice.random() < STOPS:
+                    self._command(CMD_ID_STOP)
             case 4:
                 self._give_away(QUEUE_INFLATE)
             case 5:

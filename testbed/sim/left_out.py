@@ -44,7 +44,7 @@ class LeftOut:
         world = self._node.world
         if world.plant is not Plant.BALLOON_LOOKED_UP_TOO_EARLY:
             self._holes = self._look()
-        self._resting = self._in_balloon()
+        self._resting = self._in_balloon(self._held())
         world.count("balloon left out of round 1", self._holes)
         return self._holes
 
@@ -54,15 +54,16 @@ class LeftOut:
         written = guest.written.copy()
         dirty, left_out = tracker.harvest(), tracker.left_out
         since = written | self._written if last else written  # the last set has the one before in it
-        self._resting, self._written = self._in_balloon() & ~since, written
+        held = self._held()
+        self._resting, self._written = self._in_balloon(held) & ~since, written
         before, self._before = self._before, left_out
-        used = written & (guest.kinds != BALLOONED) & self._node.balloon.ballooned(guest.ram.pages).mask()
-        world.count("balloon written before the host was told", used.any())
+        early = written & held & (guest.kinds != BALLOONED)
+        world.count("balloon written before the host was told", early.any())
         world.count(f"balloon left out of {'the last' if last else 'a later'} round", left_out)
         if world.plant is Plant.BALLOON_MASK_STALE and before is not None:
             dirty = dirty.minus(before)
         if world.plant is Plant.BALLOONED_THOUGH_WRITTEN:
-            dirty = dirty.minus(self._node.balloon.ballooned(guest.ram.pages))
+            dirty = dirty.minus(held)
         return told.Harvested(dirty, left_out)
 
     def check(self, round_index: int, pfns: U64Array) -> None:
@@ -73,7 +74,10 @@ class LeftOut:
     def _look(self) -> PageBits | None:
         return ballooned_holes(self._node.balloon, self._guest.ram)  # type: ignore[arg-type]  # the same face
 
-    def _in_balloon(self) -> BoolArray:
+    def _held(self) -> BoolArray:
+        return self._node.balloon.ballooned(self._guest.ram.pages).mask()
+
+    def _in_balloon(self, held: BoolArray) -> BoolArray:
         guest = self._guest
-        resting: BoolArray = (guest.kinds == BALLOONED) & ~guest.truth.void
-        return resting & self._node.balloon.ballooned(guest.ram.pages).mask()
+        resting: BoolArray = held & (guest.kinds == BALLOONED)
+        return resting & ~guest.truth.void

@@ -87,8 +87,9 @@ class World:
 
     def run_until(self, instant_ns: int, stop: Callable[[], bool]) -> None:
         """Let things happen until then, or until `stop` says so."""
-        while self._heap and self._heap[0][0] <= instant_ns:
-            self.now_ns, _, owner, action = heapq.heappop(self._heap)
+        heap = self._heap
+        while heap and heap[0][0] <= instant_ns:
+            self.now_ns, _, owner, action = heapq.heappop(heap)
             if owner is not None and not owner.alive:
                 continue
             if owner is not None and owner.hung:
