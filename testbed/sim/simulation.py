@@ -162,8 +162,8 @@ class Simulation:
         """At the end the guest gets back what its balloon holds, wherever it was inflated."""
         node, world = owner.node, self.world
         assert node is not None, "a host that owns a guest has a node"
-        if not self.options.balloon or not self.options.hint_diligence:
-            return
+        if not self.options.balloon or not self.options.hint_diligence or self.options.guest_lies:
+            return  # there is none, or nobody who deflates it, or nobody who counts right
         node.balloon.set_num_pages(0)
         world.run_until(world.now_ns + RELEASE_MS * MS, lambda: invariants.balloon_is_empty(node, guest))
         if not invariants.balloon_is_empty(node, guest):
