@@ -1,5 +1,6 @@
 # Two commands do everything: `make demo` and `make test`. The rest are their parts.
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ballast-set-up
@@ -9,8 +10,8 @@ STAMP := $(VENV)/.ballast-set-up
 demo: $(STAMP)  ## migrate a guest four times on this machine and show what the hints saved
 	@$(BIN)/ballast demo
 
-test: $(STAMP)  ## the whole test suite
-	@$(BIN)/python -m pytest
+test: $(STAMP)  ## the whole test suite, two files side by side; JOBS=0: one test after the other
+	@$(BIN)/python -m pytest -n $(JOBS)
 
 setup: $(STAMP)  ## only the environment: leaves .venv/bin/ballast
 

@@ -355,7 +355,8 @@ def test_a_source_that_dies_ends_the_wait_with_its_last_words(bench):
         run.session.run()
 
 
-def test_a_guest_that_never_runs_there_breaks_the_run(bench):
+def test_a_guest_that_never_runs_there_breaks_the_run(bench, monkeypatch):
+    monkeypatch.setattr(sessions, "RUNNING_S", 0.1)
     run = bench()
     run.source.on_migrate = lambda: run.ends("completed")
     with pytest.raises(RunBrokenError, match="the guest to run at the destination"):

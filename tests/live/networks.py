@@ -21,7 +21,7 @@ TOOLS = ("unshare", "ip", "tc", "nft")
 def why_not() -> str:
     """Why namespaces cannot be made here, or ""."""
     if os.geteuid():
-        return "network namespaces of its own need root"
+        return "needs root, for network namespaces of its own"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     return f"needs {', '.join(missing)}: apt-get install iproute2 nftables" if missing else ""
 

@@ -3,7 +3,7 @@
 import pytest
 
 from host.points import side_of
-from tests.live.runs import WRITER, Bed, scenario, waited_for
+from tests.live.runs import WRITER, Bed, misbehave, scenario, waited_for
 
 pytestmark = pytest.mark.live
 
@@ -24,6 +24,12 @@ def cancelled_at(bed, point):
     reply = bed.source.cancel(f"at {point}")
     held.release_point(point)
     return reply, bed.wait("migration_ended", "source", since_ns=since_ns).fields
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    """The thread that looks at wishes is held: the answer is what the phase promises, and that at once."""
+    misbehave(monkeypatch, "a:host.impatient")
 
 
 def test_until_committing_a_wish_brings_the_guest_back_and_leaves_nothing_behind(tmp_path):

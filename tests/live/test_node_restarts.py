@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from migration.pb import node_pb2, node_pb2_grpc
-from tests.live.runs import WAIT_S, WRITER, Bed, scenario, waited_for
+from tests.live.runs import WAIT_S, WRITER, Bed, misbehave, scenario, waited_for
 
 # Sixteen hundred kept pages at this rate are the better part of a second: time to interfere.
 SLOW = ("migration.bandwidth=16MiB/s",)
@@ -118,8 +118,9 @@ def test_a_node_that_forgot_which_pages_are_ballooned_sends_them_like_any_other(
 
 
 @pytest.mark.parametrize("journal_says", ["STARTED", "COMMITTING"])
-def test_a_source_node_killed_while_its_guest_is_paused_lets_it_run_on(tmp_path, journal_says):
-    """COMMITTING: the destination heard no Commit and saw its stream break, so it answers ABORTED."""
+def test_a_source_node_killed_while_its_guest_is_paused_lets_it_run_on(tmp_path, monkeypatch, journal_says):
+    """COMMITTING: the destination heard no Commit and saw its stream break, or end, so it answers ABORTED."""
+    misbehave(monkeypatch, "b:host.impatient")
     with Bed(tmp_path, scenario("migration.rounds_max=1", text=WRITER)) as bed:
         killed = Restarted(bed.hosts.source)
         bed.begin(bandwidth_bytes_per_second=8 << 20)

@@ -16,6 +16,7 @@ from migration.page_bits import PageBits
 from migration.pages import PAGE_BYTES, pfns_of
 from migration.round_book import RoundBook
 from migration.source_phases import SourcePhase
+from source_node import migration_run
 from source_node.page_reader import PageReader
 from source_node.shell import SourceShell
 
@@ -36,6 +37,12 @@ def wrong_skip():
             book.current.hint(chosen, np.ones(chosen.size, np.uint32))
 
     RoundBook.hint = hint
+
+
+def impatient():
+    """No harm, for tests that wait for it: who waits for a peer, or for a thread that is held, waits less long."""
+    intake.SILENCE_S = 2.0
+    migration_run.CANCEL_ANSWER_S = 0.1
 
 
 def _with_tracker(wrap):
