@@ -315,4 +315,5 @@ def test_a_throttled_guest_does_less_by_the_share_that_is_taken(guest: Host) -> 
     guest.link.throttle(80)
     throttled_s = seconds_for(400)
     guest.link.throttle(0)
+    free_s = min(free_s, seconds_for(400))  # where the machine was busy at first, it may not be now
     assert throttled_s > 3 * free_s  # 5 times, were the machine ours alone
