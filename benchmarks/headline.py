@@ -24,10 +24,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from common import Series, machine_line, print_json, print_table
+from common import Series, WarmMemory, machine_line, print_json, print_table
 
-from testbed.interrupt import Interrupt
-from testbed.run.runner import conclude, record_run
 from testbed.scenario.document import Scenario
 from testbed.units import parse_bytes
 
@@ -133,15 +131,10 @@ def _per_operation(samples: list[Sample]) -> float:
     return (samples[-1][0] - samples[0][0]) / operations if operations else 0.0
 
 
-def run(chosen: Scenario, out: Path) -> tuple[Result, Meter]:
+def run(warm: WarmMemory, chosen: Scenario, out: Path) -> tuple[Result, Meter]:
     """One migration; a run that is not valid stops the benchmark."""
     meter = Meter()
-    with Interrupt() as interrupt:
-        run_dir, broken = record_run(chosen, out, interrupt, lambda _: None, meter.drive)
-    finished = conclude(run_dir)
-    if broken is not None or finished.exit_code:
-        sys.exit(f"{chosen.name} is {finished.result.verdict}: {broken or finished.result.reasons}")
-    return finished.result, meter
+    return warm.run(chosen, out, meter.drive).result, meter
 
 
 def figures(result: Result, meter: Meter) -> dict[str, float]:
@@ -182,11 +175,12 @@ def main() -> None:
         for case in options.only.split(",")
     }
     series = {case: {skip: Series() for skip in arms} for case, arms in cases.items()}
+    warm = WarmMemory(options.memory)
     for repeat in range(options.repeat):
         for case, arms in cases.items():
             for skip in arms:
                 with tempfile.TemporaryDirectory(prefix="ballast-bench-") as folder:
-                    found = run(scenario(case, skip, options.memory, repeat + 1), Path(folder))
+                    found = run(warm, scenario(case, skip, options.memory, repeat + 1), Path(folder))
                 series[case][skip].add(figures(*found))
                 print(
                     f"{repeat + 1}/{options.repeat} {case} {skip}: {found[0].total_ms:.0f} ms",

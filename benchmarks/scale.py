@@ -26,10 +26,11 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from common import Series, machine_line, print_json, print_table, run_scenario_file
+from common import Series, WarmMemory, machine_line, print_json, print_table
 
 from migration.page_bits import PageBits
 from migration.round_set import RoundSet
+from testbed.scenario.document import Scenario
 from testbed.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -47,37 +48,29 @@ DIRTY_PAGES = 100_000
 SETS_AT_ONCE = 6  # of one bit a page: candidates, hinted, skipped, dirty, and what is being made
 RANDOM_SEED = 1
 
-SCENARIO = """
-name = "scale"
-[guest]
-memory = {memory}
-[[guest.workload]]
-name = "freed"
-fraction = 0.9
-keep = 0.125
-[migration]
-skip = "{skip}"
-integrity = "stream"
-timeout = 0
-[run]
-settle = "200ms"
-run_on = "50ms"
-"""
+
+def scenario(memory: int, skip: str) -> Scenario:
+    """A guest that wrote 0.9 of its memory and keeps an eighth."""
+    return Scenario.model_validate({
+        "name": "scale",
+        "guest": {"memory": memory, "workload": [{"name": "freed", "fraction": 0.9, "keep": 0.125}]},
+        "migration": {"skip": skip, "integrity": "stream", "timeout": 0},
+        "run": {"settle": 200, "run_on": 50},
+    })  # fmt: skip
 
 
 def migration(memory: int, skip: str) -> dict[str, float]:
     """One migration: what it cost per GiB of the guest."""
+    warm = WarmMemory(memory)
     with tempfile.TemporaryDirectory(prefix="ballast-bench-") as folder:
-        scenario = Path(folder) / "scale.toml"
-        scenario.write_text(SCENARIO.format(memory=memory, skip=skip))
-        result = run_scenario_file(scenario, Path(folder)).result
+        result = warm.run(scenario(memory, skip), Path(folder)).result
     gib = memory / 2**30
-    cpu = result["cpu_seconds"]["source"] + result["cpu_seconds"]["dest"]
+    cpu = result.cpu_seconds.source + result.cpu_seconds.dest
     return {
         "gib": gib,
-        "total_ms": result["total_ms"],
+        "total_ms": result.total_ms,
         "cpu_seconds": cpu,
-        "total_ms_per_gib": result["total_ms"] / gib,
+        "total_ms_per_gib": result.total_ms / gib,
         "cpu_seconds_per_gib": cpu / gib,
     }
 

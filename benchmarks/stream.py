@@ -11,27 +11,29 @@ an assertion.
 `cpu_ratio_...` is the same comparison by CPU-seconds of both processes together: on a machine that others use it is
 the steadier one, and where all cores are busy it is the ratio of the rates.
 
-A virtual machine may give free memory back to its hypervisor and gets it slowly, page by page: the same store was
-seen to cost 1.0 and 3.8 CPU-seconds per GiB. So memory is touched before every arm, as much as any of them needs.
+What stores finds memory that is there, in every arm (common.Reserve): a hypervisor that took free memory back gives
+it slowly.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
-from common import Series, machine_line, print_json, print_table, run_scenario_file
+from common import Reserve, Series, WarmMemory, machine_line, print_json, print_table
+
+from testbed.record.run_record import load as load_record
+from testbed.scenario.document import Scenario
+from testbed.units import parse_bytes
 
 HERE = Path(__file__).resolve().parent
 MIB = 1 << 20
 GIB = 1 << 30
-TOUCHED_BYTES = 3 * GIB  # the RAM of a guest of 1 GiB on both hosts, and what the processes take
 
 STREAMS = (1, 2, 4)
 # name -> what the receiver does with messages of which size; the second size is that of Ballast's chunks.
@@ -42,23 +44,18 @@ BARE = {
     "grpc_4mib": ("grpc", 4 * MIB),
 }
 
-SCENARIO = """
-name = "stream"
-[guest]
-memory = "{memory}"
-[[guest.workload]]
-name = "freed"
-fraction = 0.91
-keep = 0.91
-[migration]
-skip = "none"
-integrity = "full"
-streams = {streams}
-downtime_limit = "300ms"
-[run]
-settle = "200ms"
-run_on = "100ms"
-"""
+
+def scenario(memory_bytes: int, streams: int) -> Scenario:
+    """A guest full of random data, sent whole."""
+    return Scenario.model_validate({
+        "name": f"stream-{streams}",
+        "guest": {
+            "memory": memory_bytes,
+            "workload": [{"name": "freed", "fraction": 0.91, "keep": 0.91}],
+        },
+        "migration": {"skip": "none", "integrity": "full", "streams": streams, "downtime_limit": 300},
+        "run": {"settle": 200, "run_on": 100},
+    })  # fmt: skip
 
 
 class Bare:
@@ -110,31 +107,23 @@ class Bare:
         self.process.stdout.close()
 
 
-def touch_memory() -> None:
-    """Take this much memory and free it again, so that the next arm finds memory that is really there."""
-    block = bytes(MIB)
-    memfd = os.memfd_create("touched")
-    for _ in range(TOUCHED_BYTES // MIB):
-        os.write(memfd, block)
-    os.close(memfd)
-
-
-def ballast(scenario: Path, out: Path) -> dict[str, float]:
+def ballast(warm: WarmMemory, chosen: Scenario, out: Path) -> dict[str, float]:
     """One migration; the figures of its first round."""
-    run = run_scenario_file(scenario, out)
-    first = run.result["rounds"][0]
-    started = run.event("round_started", round=1)
-    ended = run.event("round_ended", round=1)
-    gib = first["payload_bytes"] / GIB
-    source_cpu = ended["fields"]["cpu_seconds"] - started["fields"]["cpu_seconds"]
-    dest_cpu = (
-        run.event("pages_received")["fields"]["cpu_seconds"]
-        - run.event("memory_reserved")["fields"]["cpu_seconds"]
-    )
+    finished = warm.run(chosen, out)
+    record = load_record(finished.run_dir.path)
+    first = finished.result.rounds[0]
+    gib = first.payload_bytes / GIB
+    source = [
+        event.fields["cpu_seconds"]
+        for name in ("round_started", "round_ended")
+        for event in record.all(name)
+        if event.fields["round"] == 1
+    ]
+    dest = [next(record.all(name)).fields["cpu_seconds"] for name in ("memory_reserved", "pages_received")]
     return {
-        "mb_per_s": first["payload_bytes"] / first["duration_ms"] / 1e3,
-        "sender_cpu_s_per_gib": source_cpu / gib,
-        "receiver_cpu_s_per_gib": dest_cpu / gib,
+        "mb_per_s": first.payload_bytes / first.duration_ms / 1e3,
+        "sender_cpu_s_per_gib": (source[1] - source[0]) / gib,
+        "receiver_cpu_s_per_gib": (dest[1] - dest[0]) / gib,
     }
 
 
@@ -159,21 +148,20 @@ def ratios_of(series: dict[str, Series]) -> dict[str, float]:
     return ratios
 
 
-def measure(repeats: int, memory: str, folder: Path) -> dict[str, Series]:
+def measure(repeats: int, memory_bytes: int, folder: Path) -> dict[str, Series]:
     """All arms, in turn."""
     series = {name: Series() for name in (*(f"ballast {streams}" for streams in STREAMS), *BARE, "tcp")}
-    scenarios = {streams: folder / f"stream-{streams}.toml" for streams in STREAMS}
-    for streams, scenario in scenarios.items():
-        scenario.write_text(SCENARIO.format(memory=memory, streams=streams))
+    warm, stored = WarmMemory(memory_bytes), Reserve(GIB)
     peers = {kind: Bare(kind) for kind in ("store", "grpc", "tcp")}
     try:
         for repeat in range(repeats):
             for name, (kind, message_bytes) in {**BARE, "tcp": ("tcp", MIB)}.items():
-                touch_memory()
+                stored.fill()
+                stored.release()
                 series[name].add(peers[kind].transfer(GIB, message_bytes))
-            for streams, scenario in scenarios.items():
-                touch_memory()
-                series[f"ballast {streams}"].add(ballast(scenario, folder / f"run-{repeat}-{streams}"))
+            for streams in STREAMS:
+                figures = ballast(warm, scenario(memory_bytes, streams), folder / f"{repeat}-{streams}")
+                series[f"ballast {streams}"].add(figures)
     finally:
         for peer in peers.values():
             peer.stop()
@@ -183,7 +171,7 @@ def measure(repeats: int, memory: str, folder: Path) -> dict[str, Series]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memory", default="1GiB")
+    parser.add_argument("--memory", type=parse_bytes, default=GIB, metavar="SIZE")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
