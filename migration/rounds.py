@@ -136,7 +136,7 @@ def _rule(stats: RoundStats, limits: Limits, parts: Mapping[str, float]) -> Deci
         return Decision(DecisionKind.STOP_COPY, "nothing is left to send")
     downtime_ms, send_ms = sum(parts.values()), parts["send"]
     handover_ms = downtime_ms - send_ms
-    figures = f"{stats.remaining_pages} pages left, about {downtime_ms:.1f} ms"
+    figures = f"{stats.remaining_pages:,} pages left, about {downtime_ms:.1f} ms"
     if handover_ms > 0:
         figures += f" ({send_ms:.1f} to send them, {handover_ms:.1f} to hand over)"
     limit = f"the downtime limit of {limits.downtime_limit_ms:g} ms"

@@ -7,10 +7,11 @@ Rule 3: an error of a node is the run's outcome, not an error of the testbed; it
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 class TestbedError(Exception):
@@ -48,3 +49,12 @@ class RecordError(TestbedError):
     """A run directory is incomplete or damaged: it cannot be judged."""
 
     exit_code = 2
+
+
+def did_you_mean(wrong: str, known: Iterable[str], written: str = "{}") -> str:
+    """For the end of a message: "; did you mean 'x'?", or "" where nothing known is like it.
+
+    `written`: what is to be typed for a known name, which stands in it as {}.
+    """
+    close = get_close_matches(wrong, list(known), n=1)
+    return f"; did you mean '{written.format(close[0])}'?" if close else ""

@@ -79,7 +79,7 @@ def decisions_of(record: RunRecord) -> list[DecisionPart]:
 
 def _restored(fields: Mapping[str, Any]) -> str:
     paused_ms, resent = fields.get("paused_ms", 0.0), fields.get("resent_pages", 0)
-    return f"the link is back after {paused_ms:.0f} ms, {resent} pages go again"
+    return f"the link is back after {paused_ms:.0f} ms, {resent:,} pages go again"
 
 
 class AttemptPart(Part):

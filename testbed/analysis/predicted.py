@@ -59,7 +59,8 @@ def predicted(first: Mapping[str, Any], elapsed_ms: float, pages: int, limits: L
     known = FirstRound(first["sent_pages"], first["dirtied_pages"], first["duration_ms"], elapsed_ms)
     prediction = predict_from_round_1(known, pages, Conditions(rate, limits))
     basis = (
-        f"round 1: {first['sent_pages']} pages in {first['duration_ms']:.1f} ms, {first['dirtied_pages']} dirtied, "
+        f"round 1: {first['sent_pages']:,} pages in {first['duration_ms']:.1f} ms, "
+        f"{first['dirtied_pages']:,} dirtied, "
         + (f"{format_bytes(round(rate))}/s" if rate else "nothing sent")
     )
     return {**prediction.to_dict(), "basis": basis}
@@ -74,7 +75,7 @@ def comparison_line(foreseen: Mapping[str, Any], measured: Mapping[str, Any]) ->
         ("downtime_ms", format_ms),
     )
     words = ", ".join(
-        f"{name.rsplit('_', 1)[0]} {shown(foreseen[name])} (was {shown(measured[name])})"
+        f"{name.rsplit('_', 1)[0]} {shown(foreseen[name])} (measured {shown(measured[name])})"
         for name, shown in pairs
     )
     return f"{words}; from {foreseen['basis']}"

@@ -11,9 +11,10 @@ Rule 3: results go to standard output, everything else to standard error; an err
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from testbed.cli.options import (
     RUNS,
@@ -32,14 +33,46 @@ from testbed.cli.session_commands import register
 from testbed.cli.soak_command import register as register_soak
 from testbed.sim.cli import register as register_sim
 
+
+class Commands(TyperGroup):
+    """The commands in the order in which --help lists them: `fault` is a group, and stands beside `migrate`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """As they were registered, but for `fault`, since groups come after all commands."""
+        names = [name for name in super().list_commands(ctx) if name != "fault"]
+        names.insert(names.index("migrate") + 1, "fault")
+        return names
+
+
+def show_version(wanted: bool) -> None:
+    """What the installed package says it is."""
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"ballast {version('ballast')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="ballast",
+    cls=Commands,
     help="Migrate a guest between two hosts, skip the pages it hints as free, count and prove everything.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def ballast(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=show_version),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command()
@@ -67,7 +100,7 @@ def demo(
         arms = scenarios(memory, unnamed(seed, hosts, context_source, context_dest))
         for scenario in arms.values():
             require(scenario)
-        with Interrupt() as interrupt, display() as shown:
+        with Interrupt() as interrupt, display(as_json=as_json) as shown:
             finished = run_arms(arms, out, interrupt, shown)
         results = {arm: run.result for arm, run in finished.items()}
         if as_json:
@@ -99,7 +132,7 @@ def run(
         from testbed.scenario.file import load
 
         chosen = load(scenario, overrides or (), unnamed(seed, hosts, context_source, context_dest))
-        with Interrupt() as interrupt, display() as shown:
+        with Interrupt() as interrupt, display(as_json=as_json) as shown:
             finished = run_scenario(chosen, out, interrupt, shown.begin(chosen.name))
             shown.finish(chosen.name, finished)
         if as_json:
@@ -133,7 +166,7 @@ def compare(
 
         fixed = [*unnamed(seed, hosts, context_source, context_dest), *(overrides or ())]
         chosen = variants(scenario, vary, fixed)
-        with Interrupt() as interrupt, display() as shown:
+        with Interrupt() as interrupt, display(as_json=as_json) as shown:
             finished = run_variants(
                 scenario, chosen, fixed, repeat, out=out, interrupt=interrupt, shown=shown
             )
@@ -168,10 +201,15 @@ def dirtyrate(
         Path | None,
         typer.Option("--session", metavar="DIR", help="Of a standing session, instead of a scenario."),
     ] = None,
-    period: Annotated[str, typer.Option("--period", help="Of one sample.")] = "250ms",
+    period: Annotated[
+        str, typer.Option("--period", help="Of one sample, as in 250ms or 2s; a bare number is ms.")
+    ] = "250ms",
     periods: Annotated[int, typer.Option("--periods", min=1, help="How many samples.")] = 8,
     rate: Annotated[
-        str, typer.Option("--rate", help="What the link carries, where migration.bandwidth is no limit.")
+        str,
+        typer.Option(
+            "--rate", help="What the link carries, as in 1Gbit/s, where migration.bandwidth is no limit."
+        ),
     ] = "",
     overrides: Overrides = None,
     hosts: Annotated[str | None, typer.Option("--hosts", help="Overrides hosts.kind.")] = None,
@@ -188,7 +226,7 @@ def dirtyrate(
 
         measured = measured_rate(
             scenario, session_dir, unnamed(seed, hosts), overrides or (),
-            out=out, period=period, periods=periods, rate=rate,
+            out=out, period=period, periods=periods, rate=rate, as_json=as_json,
         )  # fmt: skip
         if as_json:
             print_json(measured.to_dict())

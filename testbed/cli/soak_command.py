@@ -39,7 +39,10 @@ def soak(
         bool, typer.Option("--matrix", help="Every crash at every point (docs/safety.md), once.")
     ] = False,
     cell: Annotated[
-        str, typer.Option("--cell", metavar="POINT/CRASH", help="One of them, as in commit.sent/both.")
+        str,
+        typer.Option(
+            "--cell", metavar="POINT/CRASH", help="One of them, as in commit.sent/both. 'list' names them."
+        ),
     ] = "",
     out: Annotated[Path, typer.Option("--out", help="Where directories of runs that failed go.")] = Path(
         "runs"
@@ -48,6 +51,9 @@ def soak(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
     """Run random scenarios, faults and crashes; keep what failed."""
+    if cell == "list":
+        _list_cells()
+        return
     with told():
         import secrets
 
@@ -72,6 +78,13 @@ def soak(
         else:
             typer.echo(_summary(done))
         leave_with([1 if done.failing else 0])
+
+
+def _list_cells() -> None:
+    from testbed.crashes.table import CELLS, CRASHES
+
+    for known in CELLS:
+        typer.echo(f"{known.name:28} {CRASHES[known.crash]}: {known.outcome}")
 
 
 def _drawn(seed: int, hosts: str, *, only: int | None, matrix: bool, cell: str) -> Iterator[Drawn]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from host.points import DEST_POINTS, SOURCE_POINTS, side_of
-from testbed.errors import UsageError
+from testbed.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from testbed.history import Origin
@@ -112,8 +112,7 @@ def cell_named(name: str) -> Cell:
     found = {cell.name: cell for cell in CELLS}
     if name not in found:
         raise UsageError(
-            f"there is no crash {name!r}: write POINT/CRASH, with POINT one of {', '.join(OUTCOMES)}"
-            f" and CRASH one of {', '.join(CRASHES)}"
+            f"there is no crash {name!r}: `ballast soak --cell list` names them{did_you_mean(name, found)}"
         )
     return found[name]
 

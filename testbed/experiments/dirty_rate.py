@@ -123,6 +123,7 @@ def measured_rate(
     period: str,
     periods: int,
     rate: str,
+    as_json: bool,
 ) -> DirtyRate:
     """What the command asks for: of a scenario's guest, which is booted for it, or of a standing session's.
 
@@ -140,7 +141,7 @@ def measured_rate(
     if session_dir is not None:
         raise UsageError("a scenario and --session DIR: measure one or the other")
     chosen = load(scenario, overrides, fixed)
-    with Interrupt() as interrupt, display() as shown:
+    with Interrupt() as interrupt, display(as_json=as_json) as shown:
         return run_dirty_rate(
             chosen,
             out,
@@ -231,7 +232,7 @@ def dirty_rate_report(measured: DirtyRate) -> RenderableType:
     samples = measured.samples_pages_per_s
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="dim", no_wrap=True)
-    facts.add_column()
+    facts.add_column(overflow="fold")  # a path has no place where it could be wrapped
     spread = f"{min(samples):,.0f} .. {max(samples):,.0f}"
     facts.add_row(
         "dirty rate",

@@ -36,12 +36,12 @@ class Figure:
     most: float | None
 
     def text(self, formatted: Callable[[float], str]) -> str:
-        """For a table."""
+        """For a table: three lines, or one where all runs gave the same."""
         if self.median is None or self.least is None or self.most is None:
             return "-"
         if self.least == self.most:
             return formatted(self.median)
-        return f"{formatted(self.median)}\n{formatted(self.least)} .. {formatted(self.most)}"
+        return "\n".join(formatted(value) for value in (self.median, self.least, self.most))
 
 
 @dataclass(frozen=True, slots=True)

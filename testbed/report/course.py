@@ -42,12 +42,11 @@ def _estimate(result: Result) -> str:
     foreseen, was = result.downtime_parts_ms_estimated, result.downtime_parts_ms
     parts = sorted(foreseen, key=lambda name: abs(was.get(name, 0.0) - foreseen[name]), reverse=True)
     shown = ", ".join(
-        f"{name} {format_ms(foreseen[name])} (was {format_ms(was.get(name, 0.0))})"
+        f"{name} {format_ms(foreseen[name])} (measured {format_ms(was.get(name, 0.0))})"
         for name in parts[:PARTS_SHOWN]
     )
-    whole = (
-        f"{format_ms(result.downtime_ms_estimated or 0.0)} of downtime (was {format_ms(result.downtime_ms)})"
-    )
+    estimated, measured = format_ms(result.downtime_ms_estimated or 0.0), format_ms(result.downtime_ms)
+    whole = f"{estimated} of downtime (measured {measured})"
     return f"{whole}; most apart: {shown}" if shown else whole
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
+from testbed.report.fitting_table import FittingTable
 from testbed.units import PAGE_BYTES, format_bytes
 
 if TYPE_CHECKING:
@@ -22,14 +21,17 @@ if TYPE_CHECKING:
 
 def status_table(status: dict[str, Any]) -> RenderableType:
     """Hosts, faults, and what was done so far."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("host", "guest", "node", "agent"):
+    table = FittingTable()
+    table.add_column("host", no_wrap=True)
+    table.add_column("guest")
+    for heading in ("node", "agent"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("free", "balloon", "held by hints", "operations"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.figures("free", "balloon", "held by\nhints", "operations")
     for host in status["hosts"]:
         table.add_row(*_host_row(host))
-    parts: list[RenderableType] = [Text(f"session {status['session']}"), table]
+    has_it = [host["host"] for host in status["hosts"] if host["has_guest"]]
+    where = f"the guest is on host {' and '.join(has_it)}" if has_it else "no host says that it has the guest"
+    parts: list[RenderableType] = [Text(f"session {status['session']}\n{where}\n"), table, Text()]
     parts += [
         Text(f"{host['host']}: {host['problem']}", style="yellow")
         for host in status["hosts"]
@@ -46,9 +48,10 @@ def faults_table(faults: Sequence[dict[str, Any]]) -> RenderableType:
     """The faults in force."""
     if not faults:
         return Text("no fault is in force")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("fault", "kind", "host", "parameters"):
-        table.add_column(heading)
+    table = FittingTable()
+    for heading in ("fault", "kind", "host"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("parameters", overflow="fold")
     for fault in faults:
         chosen = {key: value for key, value in fault["parameters"].items() if value is not None}
         parameters = " ".join(f"{key}={value}" for key, value in chosen.items())
@@ -58,15 +61,13 @@ def faults_table(faults: Sequence[dict[str, Any]]) -> RenderableType:
 
 def _host_row(host: dict[str, Any]) -> list[str | Text]:
     guest = Text(host["guest"], style="bold green" if host["has_guest"] else "")
-    if host["has_guest"]:
-        guest.append("  <- the guest", style="green")
     row: list[str | Text] = [host["host"], guest]
     row += [_process(host[f"{part}_pid"], alive=host[f"{part}_alive"]) for part in ("node", "agent")]
     if not host["has_guest"]:
         return [*row, "", "", "", ""]
     balloon = format_bytes(host["balloon_pages"] * PAGE_BYTES)
     if host["balloon_pages"] != host["balloon_target_pages"]:
-        balloon += f" of {format_bytes(host['balloon_target_pages'] * PAGE_BYTES)}"
+        balloon += f" of\n{format_bytes(host['balloon_target_pages'] * PAGE_BYTES)}"
     return [
         *row,
         format_bytes(host["free_pages"] * PAGE_BYTES),

@@ -18,6 +18,7 @@ from rich.text import Text
 from testbed.analysis.predicted import comparison_line
 from testbed.report.account_table import account_table
 from testbed.report.course import course_lines
+from testbed.report.fitting_table import FittingTable
 from testbed.units import format_bytes, format_ms
 
 if TYPE_CHECKING:
@@ -43,10 +44,9 @@ BLACKOUT_NOTE: Final = (
 
 def demo_table(arms: Mapping[str, Result]) -> RenderableType:
     """The four arms side by side, and what the hints saved."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=BLACKOUT_NOTE, caption_justify="left")
+    table = FittingTable(caption=BLACKOUT_NOTE)
     table.add_column("skipped", no_wrap=True)
-    for heading in ("payload", "wire", "total", "downtime", "blackout", "pages skipped"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.figures("payload", "wire", "total", "downtime", "blackout", "pages\nskipped")
     table.add_column("proof", no_wrap=True)
     names = {"none": "none", "zero": "zero pages", "hint": "hinted pages", "both": "both"}
     for arm, result in arms.items():
@@ -57,10 +57,10 @@ def demo_table(arms: Mapping[str, Result]) -> RenderableType:
             format_ms(result.total_ms),
             format_ms(result.downtime_ms),
             _blackout(result),
-            _skipped(result),
+            _percent(result.hints.skipped_pages, result.guest.pages),
             verdict_text(result),
         )
-    parts: list[RenderableType] = [table]
+    parts: list[RenderableType] = [Text(), table]
     sentence = savings(arms)
     if sentence:
         parts.append(Text(sentence))
@@ -88,9 +88,8 @@ def savings(arms: Mapping[str, Result]) -> str:
 
 def run_report(result: Result) -> RenderableType:
     """One run: the rounds, the figures, the verdict."""
-    rounds = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("round", "time", "candidates", "sent", "zero", "skipped", "dirtied", "payload", "wire"):
-        rounds.add_column(heading, justify="right", no_wrap=True)
+    rounds = FittingTable()
+    rounds.figures("round", "time", "candidates", "sent", "zero", "skipped", "dirtied", "payload", "wire")
     for part in result.rounds:
         sent = (part.sent_pages, part.zero_pages, part.skipped_pages)
         pages = (part.candidate_pages, *sent, part.dirtied_pages)
@@ -103,7 +102,7 @@ def run_report(result: Result) -> RenderableType:
         )
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="dim", no_wrap=True)
-    facts.add_column()
+    facts.add_column(overflow="fold")  # a path has no place where it could be wrapped
     why = f": {result.outcome_reason}" if result.outcome_reason else ""
     for leg in result.legs:
         facts.add_row(f"leg {leg['leg']} {leg['from']}-{leg['to']}", _leg(leg))
@@ -128,9 +127,11 @@ def run_report(result: Result) -> RenderableType:
         facts.add_row("predicted", _predicted(result.predicted, result))
     facts.add_row("memory", _integrity(result))
     facts.add_row("recorded in", result.run_dir)
-    parts: list[RenderableType] = [rounds] if result.rounds else []
+    parts: list[RenderableType] = [Text(), rounds] if result.rounds else []
     if result.account is not None and result.outcome in RECONCILED:
         parts.append(account_table(result.account))
+    elif result.rounds:
+        parts.append(Text())
     parts.append(facts)
     if result.reasons:
         parts.append(_complaints(result.scenario, result))
@@ -147,12 +148,9 @@ def _leg(leg: Mapping[str, Any]) -> str:
 
 def compare_table(summaries: Mapping[str, Summary]) -> RenderableType:
     """Medians with their range, one row per variant."""
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, caption="median, least .. most", caption_justify="left"
-    )
-    table.add_column("variant", style="bold")
-    for heading in ("payload", "wire", "total", "downtime", "blackout"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = FittingTable(caption="median, least, most")
+    table.add_column("variant", style="bold", overflow="fold")
+    table.figures("payload", "wire", "total", "downtime", "blackout")
     table.add_column("proof", no_wrap=True)
     for name, summary in summaries.items():
         figures = summary.figures
@@ -164,6 +162,7 @@ def compare_table(summaries: Mapping[str, Summary]) -> RenderableType:
                 f"{summary.verdicts.count('valid')}/{len(summary.verdicts)} valid",
                 style=VERDICT_STYLES[summary.worst_verdict],
             ),
+            end_section=True,
         )
     return table
 
@@ -210,11 +209,6 @@ def _hints(result: Result) -> str:
     )
 
 
-def _skipped(result: Result) -> str:
-    share = _percent(result.hints.skipped_pages, result.guest.pages)
-    return f"{result.hints.skipped_pages:,} ({share})" if result.hints.skipped_pages else "0"
-
-
 def _blackout(result: Result) -> str:
     return "-" if result.guest_blackout_ms is None else format_ms(result.guest_blackout_ms)
 
@@ -228,7 +222,7 @@ def findings_table(judgement: Judgement) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("checker", style="bold", no_wrap=True)
     table.add_column("says", no_wrap=True)
-    table.add_column("because")
+    table.add_column("because", overflow="fold")
     for name, finding in judgement.findings.items():
         figures = [f"{key.replace('_', ' ')} {amount:,}" for key, amount in finding.figures.items()]
         verdict = finding.verdict.value
@@ -243,8 +237,8 @@ def doctor_table(checkups: Sequence[Checkup]) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     table.add_column("capability", style="bold", no_wrap=True)
-    table.add_column("found")
-    table.add_column("needed for")
+    table.add_column("found", overflow="fold")  # sockets and files: paths that no word wrap can shorten
+    table.add_column("needed for", overflow="fold")
     for checkup in checkups:
         if checkup.ok:
             mark = Text("ok", style="green")

@@ -1,8 +1,10 @@
 """What a waiting human, or a waiting program, sees while runs are under way.
 
 Rule 1: progress is told from the run's own events and changes nothing.
-Rule 2: on a terminal it is one line per run; elsewhere it is JSON lines on stderr, one per event.
-Rule 3: standard output belongs to results.
+Rule 2: on a terminal it is one line per run; in a pipe or a log a line for every step and decision, and for a
+        program, which asks for JSON, every event as a line of JSON.
+Rule 3: all of it goes to standard error: standard output belongs to results.
+Rule 4: a line fits into its terminal: what it can do without is left out whole, and nothing is cut.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TaskProgressColumn
+from rich.table import Table
+from rich.text import Text
 
+from testbed.run.steps import STEPS, Steps
 from testbed.units import PAGE_BYTES, format_bytes, format_ms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from testbed.history import Event
     from testbed.run.runner import FinishedRun
@@ -56,27 +61,25 @@ class JsonLines:
         sys.stderr.write(json.dumps(summary) + "\n")
 
 
-# What is happening from this event on, in a human's words.
-STEPS: Final = {
-    "run_started": "starting two hosts",
-    "image_build_started": "building the image of the hosts (once)",
-    "image_built": "starting two hosts",
-    "node_described": "the guest boots",
-    "guest_ready": "the guest settles",
-    "migration_requested": "setting up",
-    "migration_retried": "waiting for the next attempt",
-    "hints_opened": "asking the guest for its free pages",
-    "guest_paused": "switching over",
-    "prepared": "switching over",
-    "committed": "the guest runs at the destination",
-    "guest_running": "the guest runs on; both memories are hashed",
-    "guest_checked": "collecting the evidence",
-    "interrupted": "cancelling (once more: hurry)",
-    "run_broken": "taking everything down",
-}
+class PhaseLines:
+    """For people who read a pipe or a log: what a run does, decides, and comes to."""
 
+    def begin(self, label: str) -> Callable[[Event], None]:
+        """See Display."""
+        steps = Steps()
 
-STEP_CHARACTERS: Final = 60
+        def show(event: Event) -> None:
+            if line := steps.line(event):
+                sys.stderr.write(f"{label}: {line}\n")
+
+        return show
+
+    def finish(self, label: str, run: FinishedRun) -> None:
+        """See Display."""
+        result = run.result
+        sys.stderr.write(
+            f"{label}: {result.outcome} in {format_ms(result.total_ms)}, proof {result.verdict}\n"
+        )
 
 
 class Speedometer:
@@ -93,8 +96,62 @@ class Speedometer:
         return 0.0 if first or elapsed_ns <= 0 else carried * 1e9 / elapsed_ns
 
 
+BUILD_STEP_CHARACTERS: Final = 40  # beside its title and a short name on 80 columns
+BAR_COLUMNS: Final = 24
+# What lines do without, one after the other, until they fit; the percentage and the step are never among it.
+LEFT_OUT_FIRST: Final = ("bar", "rate", "dirties", "downtime", "left", "eta", "build")
+PERCENT_COLUMNS: Final = len("100%")
+LABEL_COLUMNS_LEAST: Final = 8  # of a run's name, where nothing else can give way
+
+
+class FittedProgress(Progress):
+    """Lines that leave out what does not fit (Rule 4). A task has the fields `step`, with markup, and `detail`."""
+
+    def __init__(self, console: Console) -> None:
+        self._terminal = console  # first: the base draws its lines before it has a console
+        super().__init__(console=console)
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        """All lines, of one shape, so that their columns stand below each other."""
+        shown = [task for task in tasks if task.visible]
+        labels = [Text(task.description, style="bold") for task in shown]
+        steps = [Text.from_markup(task.fields["step"]) for task in shown]
+        fixed = _widest(labels) + 1 + PERCENT_COLUMNS + 1 + _widest(steps) + 1
+        for count in range(len(LEFT_OUT_FIRST) + 1):
+            left_out = LEFT_OUT_FIRST[:count]
+            details = [_detail(task, left_out) for task in shown]
+            bar = () if "bar" in left_out else (BarColumn(bar_width=BAR_COLUMNS),)
+            too_wide = fixed + _widest(details) + len(bar) * (BAR_COLUMNS + 1) - self._terminal.width
+            if too_wide <= 0:
+                break
+        else:
+            room = max(LABEL_COLUMNS_LEAST, _widest(labels) - too_wide)
+            for label in labels:
+                label.truncate(room, overflow="ellipsis")
+        table = Table.grid(padding=(0, 1))
+        table.add_column(no_wrap=True)
+        for _ in bar:
+            table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, min_width=PERCENT_COLUMNS)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        gauges: tuple[ProgressColumn, ...] = (*bar, TaskProgressColumn())
+        for task, label, step, detail in zip(shown, labels, steps, details, strict=True):
+            table.add_row(label, *(gauge(task) for gauge in gauges), step, detail)
+        return table
+
+
+def _detail(task: Task, left_out: Collection[str]) -> Text:
+    parts = (text for name, text in task.fields["detail"].items() if name not in left_out)
+    return Text(", ".join(parts), style="dim")
+
+
+def _widest(texts: Iterable[Text]) -> int:
+    return max((text.cell_len for text in texts), default=0) or 1  # an empty column is one wide all the same
+
+
 class TerminalLines:
-    """For people: a line with a bar per run."""
+    """For people at a terminal: a line per run."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -102,20 +159,22 @@ class TerminalLines:
 
     def begin(self, label: str) -> Callable[[Event], None]:
         """See Display."""
-        task = self._progress.add_task(label, total=None, step="", detail="")
+        task = self._progress.add_task(label, total=None, step="", detail={})
         self._tasks[label] = task
-        speed = Speedometer()
+        speed, steps = Speedometer(), Steps()
 
         def show(event: Event) -> None:
             fields = event.fields
             if event.name in STEPS:
-                self._progress.update(task, step=STEPS[event.name], detail="")
+                if step := steps.begun(event):
+                    self._progress.update(task, step=step, detail={})
             elif event.name == "image_build_step":
-                self._progress.update(task, detail=str(fields["step"])[:STEP_CHARACTERS])
+                told = {"build": str(fields["step"])[:BUILD_STEP_CHARACTERS]}
+                self._progress.update(task, step="building the image", detail=told)
             elif event.name == "round_started":
                 total = fields["candidate_pages"]
                 self._progress.update(
-                    task, total=total or 1, completed=0, step=f"round {fields['round']}", detail=""
+                    task, total=total or 1, completed=0, step=f"round {fields['round']}", detail={}
                 )
             elif event.name == "round_ended":
                 self._progress.update(task, completed=fields["candidate_pages"] or 1)
@@ -133,38 +192,31 @@ class TerminalLines:
         mark = {"valid": "[green]✓", "invalid": "[red]✗", "unknown": "[yellow]?"}[result.verdict]
         step = f"{mark} {result.outcome}[/] in {format_ms(result.total_ms)}"
         self._progress.update(
-            self._tasks[label], total=1, completed=1, step=step, detail=f"proof {result.verdict}"
+            self._tasks[label], total=1, completed=1, step=step, detail={"proof": f"proof {result.verdict}"}
         )
 
 
 @contextmanager
-def display() -> Iterator[Display]:
-    """The display that fits where stderr goes."""
+def display(*, as_json: bool) -> Iterator[Display]:
+    """The display that fits where stderr goes; `as_json`: a program asks."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield JsonLines()
+        yield JsonLines() if as_json else PhaseLines()
         return
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(show_speed=False),
-        TextColumn("{task.fields[step]}"),
-        TextColumn("[dim]{task.fields[detail]}"),
-    )
-    with Progress(*columns, console=console) as progress:
+    with FittedProgress(console) as progress:
         yield TerminalLines(progress)
 
 
-def _outlook(rate_bytes_per_s: float, fields: Mapping[str, Any]) -> str:
+def _outlook(rate_bytes_per_s: float, fields: Mapping[str, Any]) -> dict[str, str]:
     """The rate, what is left, how the guest writes, and what is to come, as far as it is known."""
     remaining_bytes = fields.get("remaining_bytes", fields["remaining_pages"] * PAGE_BYTES)
-    parts = [f"{format_bytes(rate_bytes_per_s)}/s"] if rate_bytes_per_s > 0 else []
-    parts.append(f"{format_bytes(remaining_bytes)} left")
+    parts = {"rate": f"{format_bytes(rate_bytes_per_s)}/s"} if rate_bytes_per_s > 0 else {}
+    parts["left"] = f"{format_bytes(remaining_bytes)} left"
     if fields.get("dirty_pages_per_s") is not None:
-        parts.append(f"dirties {format_bytes(fields['dirty_pages_per_s'] * PAGE_BYTES)}/s")
+        parts["dirties"] = f"dirties {format_bytes(fields['dirty_pages_per_s'] * PAGE_BYTES)}/s"
     if fields.get("expected_downtime_ms") is not None:
-        parts.append(f"downtime about {format_ms(fields['expected_downtime_ms'])}")
+        parts["downtime"] = f"downtime about {format_ms(fields['expected_downtime_ms'])}"
     if fields.get("eta_ms") is not None:
         known = fields.get("dirty_pages_per_s") is not None
-        parts.append(f"over in {'about' if known else 'at least'} {format_ms(fields['eta_ms'])}")
-    return ", ".join(parts)
+        parts["eta"] = f"over in {'about' if known else 'at least'} {format_ms(fields['eta_ms'])}"
+    return parts

@@ -8,7 +8,6 @@ Rule 3: the name of a varied scenario is computed from what was varied, never wr
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from testbed.documents import Model
-from testbed.errors import UsageError
+from testbed.errors import UsageError, did_you_mean
 from testbed.scenario.balloon_keys import Balloon
 from testbed.scenario.document import (
     SECTIONS,
@@ -31,6 +30,7 @@ from testbed.scenario.fault_keys import KINDS
 from testbed.scenario.host_keys import host_conflicts
 from testbed.scenario.migration_keys import CHECKED_KEYS, Migration
 
+EXAMPLES = Path("scenarios")  # in a clone; below the directory in which the command runs
 SomeModel = TypeVar("SomeModel", bound=Model)
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "string": "a text", "bool": "true or false"}
 
@@ -41,11 +41,21 @@ def load(path: Path, overrides: Sequence[str] = (), unnamed: Sequence[str] = ())
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UsageError(f"{path}: cannot read the scenario: {reason}") from error
+        meant = _meant(path) if isinstance(error, FileNotFoundError) else ""
+        raise UsageError(f"{path}: cannot read the scenario: {reason}{meant}") from error
     try:
         return parse(text, default_name=path.stem, overrides=overrides, unnamed=unnamed)
     except UsageError as error:
         raise UsageError(*(f"{path}: {problem}" for problem in error.problems)) from None
+
+
+def _meant(path: Path) -> str:
+    """Which file there is for one that is not: beside it with its suffix, or an example by its name."""
+    beside = path.with_suffix(".toml")
+    if beside.is_file():
+        return f"; did you mean '{beside}'?"
+    examples = (example.stem for example in EXAMPLES.glob("*.toml"))
+    return did_you_mean(path.stem, examples, f"{EXAMPLES}/{{}}.toml")
 
 
 def parse(
@@ -235,6 +245,5 @@ def _unknown_key(location: Sequence[str | int], tag: str | None) -> str:
     elif len(location) > 1:
         model = SECTIONS.get(str(location[0]), Scenario)
     known = [field.alias or name for name, field in model.model_fields.items()]
-    close = get_close_matches(str(location[-1]), known, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
-    return f"unknown key; {hint}"
+    hint = did_you_mean(str(location[-1]), known) or f"; known keys: {', '.join(known)}"
+    return f"unknown key{hint}"

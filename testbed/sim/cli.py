@@ -47,6 +47,7 @@ def sim(
 
     The machines are the real ones; network, hosts, guest and faults are drawn from the seed.
     """
+    from testbed.errors import UsageError
     from testbed.sim.plants import DESCRIPTIONS, Plant, plant_named
 
     if plant == "list":
@@ -55,7 +56,7 @@ def sim(
         return
     try:
         planted = plant_named(plant) if plant else Plant.NONE
-    except ValueError as error:
+    except UsageError as error:
         typer.echo(f"ballast: {error}", err=True)
         raise typer.Exit(2) from None
     if seed is not None:
@@ -64,7 +65,7 @@ def sim(
     from testbed.sim.runner import run_seeds
 
     wanted = planted is not Plant.NONE
-    with _progress(seeds) as told:
+    with _progress(seeds, as_json=as_json) as told:
         summary = run_seeds(first, seeds, planted, told, processes=processes, stop_at_first=wanted)
     if as_json:
         typer.echo(json.dumps(summary.to_dict(), indent=2))
@@ -127,18 +128,22 @@ def _report(summary: Summary) -> None:
 
 
 class _progress:  # noqa: N801 - a context manager that reads as a verb
-    """One line on stderr: a bar for a human, JSON lines for a program."""
+    """On stderr: one line that changes at a terminal, lines in a pipe; lines of JSON for a program."""
 
-    def __init__(self, seeds: int) -> None:
+    def __init__(self, seeds: int, *, as_json: bool) -> None:
         self._seeds = seeds
         self._human = sys.stderr.isatty()
+        self._as_json = as_json
 
     def __enter__(self) -> Self:
         return self
 
     def __call__(self, done: int, violations: int) -> None:
+        line = f"{done:>8} of {self._seeds} seeds, {violations} violations"
         if self._human:
-            sys.stderr.write(f"\r{done:>8} of {self._seeds} seeds, {violations} violations ")
+            sys.stderr.write(f"\r{line} ")
+        elif not self._as_json:
+            sys.stderr.write(f"{line}\n")
         else:
             sys.stderr.write(
                 json.dumps({"seeds_done": done, "seeds": self._seeds, "violations": violations}) + "\n"

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from testbed.errors import UsageError, did_you_mean
+
 
 class Plant(Enum):
     """The value is the name on the command line."""
@@ -61,8 +63,10 @@ DESCRIPTIONS: dict[Plant, str] = {
 
 
 def plant_named(name: str) -> Plant:
-    """Raises ValueError with the names there are."""
+    """Raises UsageError with the name that may have been meant."""
     known = {plant.value: plant for plant in DESCRIPTIONS}
     if name not in known:
-        raise ValueError(f"no planted bug {name!r}; there are {', '.join(known)}")
+        raise UsageError(
+            f"there is no bug {name!r} to plant: `ballast sim --plant list` names them{did_you_mean(name, known)}"
+        )
     return known[name]

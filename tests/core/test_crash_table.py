@@ -53,6 +53,12 @@ def test_whose_process_is_killed():
     assert (Cell("round 1 50%", "link").side, Cell("guest.run", "link").side) == ("source", "dest")
 
 
-def test_a_cell_that_does_not_exist_is_told_what_does():
-    with pytest.raises(UsageError, match=r"no crash 'commit/dest': write POINT/CRASH.*commit\.sent.*both"):
-        cell_named("commit/dest")
+def test_a_cell_that_does_not_exist_is_told_which_was_meant_and_how_to_see_all():
+    with pytest.raises(UsageError) as refused:
+        cell_named("comit.sent/dest")
+    assert str(refused.value) == (
+        "there is no crash 'comit.sent/dest': `ballast soak --cell list` names them; "
+        "did you mean 'commit.sent/dest'?"
+    )
+    with pytest.raises(UsageError, match=r"^there is no crash '12': .* names them$"):
+        cell_named("12")

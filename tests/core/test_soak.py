@@ -94,6 +94,12 @@ def test_the_command_line_refuses_what_it_cannot_do(tmp_path):
         assert why in result.output
 
 
+def test_the_command_line_names_every_cell():
+    result = CliRunner().invoke(app, ["soak", "--cell", "list"])
+    assert result.exit_code == 0
+    assert [line[:28].rstrip() for line in result.stdout.splitlines()] == [cell.name for cell in CELLS]
+
+
 def test_the_command_line_tells_nothing_but_json_where_that_is_wanted(tmp_path):
     result = CliRunner().invoke(
         app, ["soak", "--minutes", "0", "--seed", "4", "--json", "--out", str(tmp_path)]

@@ -181,6 +181,19 @@ def test_migrations_that_cannot_be_are_refused_and_not_counted(hands, to, overri
     assert hands.legs_made == 0
 
 
+@pytest.mark.parametrize(("here", "there"), [("source", "b"), ("dest", "a"), ("third", "a")])
+def test_a_migration_goes_to_the_first_host_by_name_unless_one_is_named(hands, here, there):
+    session, host, made = hands._session, SimpleNamespace(), []
+    session.hosts.hosts = {"third": host, "dest": host, "source": host}  # in the order of no name
+    session.here = here
+    session.make_leg = lambda _number, leg, **_: made.append(leg.to) or "guest_lost"  # nothing to go on with
+    hands.migrate(None, [], "completed")
+    hands.migrate("c" if here != "third" else "b", [], "completed")
+    assert made == [there, "c" if here != "third" else "b"]
+    with pytest.raises(UsageError, match=r"is on . already: --to . or .$"):
+        hands.migrate({"source": "a", "dest": "b", "third": "c"}[here], [], "completed")
+
+
 @pytest.mark.parametrize(
     ("kind", "parameters", "error", "words"),
     [

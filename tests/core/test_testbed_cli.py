@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from typer.testing import CliRunner
@@ -183,6 +184,39 @@ def test_help_names_every_command_and_is_quick_to_import():
     assert result.exit_code == 0
     for command in ("demo", "run", "compare", "dirtyrate", "check", "doctor", "clean"):
         assert command in result.stdout
+
+
+def test_help_lists_faults_beside_migrations():
+    listed = [line.split()[0] for line in invoke("--help").stdout.splitlines() if line.startswith("  ")]
+    assert listed[listed.index("up") :][:4] == ["up", "migrate", "fault", "status"]
+
+
+def test_the_version_is_the_packages():
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"ballast {version('ballast')}\n")
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("kv-only", "scenarios/kv-only.toml"),
+        ("kv-olny.toml", "scenarios/kv-only.toml"),
+        ("elsewhere/kv-only", "scenarios/kv-only.toml"),
+        ("mine", "mine.toml"),
+        ("scenarios/idle", "scenarios/idle.toml"),
+        ("something-else", None),
+    ],
+)
+def test_a_scenario_that_is_not_there_is_told_which_one_may_be_meant(tmp_path, monkeypatch, typed, meant):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scenarios").mkdir()
+    for name in ("scenarios/kv-only.toml", "scenarios/idle.toml", "mine.toml"):
+        (tmp_path / name).touch()
+    result = invoke("run", typed)
+    hint = f"; did you mean '{meant}'?" if meant else ""
+    assert result.exit_code == 2
+    assert result.stderr == (f"ballast: {typed}: cannot read the scenario: No such file or directory{hint}\n")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_a_prediction_says_what_it_is_made_of():
     assert found["rounds"] == 3
     assert found["converges"]
     assert found["payload_bytes"] == pytest.approx(24_820 * 4096, rel=0.01)
-    assert found["basis"].startswith("round 1: 20000 pages in 800.0 ms, 4000 dirtied, ")
+    assert found["basis"].startswith("round 1: 20,000 pages in 800.0 ms, 4,000 dirtied, ")
 
 
 def test_a_rate_that_the_source_measured_goes_before_one_computed_here():
@@ -50,6 +50,6 @@ def test_the_comparison_is_one_line():
     foreseen = predicted(FIRST, 815.0, 100_000, Limits(downtime_limit_ms=75))
     measured = {"rounds": 4, "payload_bytes": 97 << 20, "total_ms": 1100.0, "downtime_ms": 61.0}
     line = comparison_line(foreseen, measured)
-    assert line.startswith("rounds 3 (was 4), payload 97.0 MiB (was 97.0 MiB), ")
+    assert line.startswith("rounds 3 (measured 4), payload 97.0 MiB (measured 97.0 MiB), ")
     assert line.endswith(foreseen["basis"])
     assert "\n" not in line

@@ -4,16 +4,23 @@ import io
 
 import pytest
 from rich.console import Console
-from rich.progress import Progress, TextColumn
 
 from testbed.checkers import judge
-from testbed.history import Event
+from testbed.machine.checkup import Checkup
 from testbed.record.run_record import load
 from testbed.record.testing import SyntheticRun
 from testbed.report.comparison import FIGURES, Figure, summarise
+from testbed.report.course import course_lines
 from testbed.report.result import build
-from testbed.report.tables import compare_table, demo_table, findings_table, run_report, savings
-from testbed.run.progress import Speedometer, TerminalLines
+from testbed.report.session_tables import status_table
+from testbed.report.tables import (
+    compare_table,
+    demo_table,
+    doctor_table,
+    findings_table,
+    run_report,
+    savings,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +62,95 @@ def test_no_sentence_is_made_from_missing_or_failed_arms(arms):
     assert savings({**arms, "hint": arms["hint"].model_copy(update={"outcome": "failed"})}) == ""
 
 
-def test_the_demo_table_fits_into_100_columns(arms):
-    text = rendered(demo_table(arms))
-    lines = [line.rstrip() for line in text.splitlines()]
-    assert max(map(len, lines)) <= 100
+def lines_of(renderable, width):
+    """As printed; that they fit is certain, for what does not is cut: nothing may be."""
+    lines = [line.rstrip() for line in rendered(renderable, width).splitlines()]
+    assert max(map(len, lines)) <= width
+    assert "…" not in "".join(lines), lines
+    return lines
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("verdict", ["valid", "invalid"])
+def test_the_demo_table_is_a_line_per_arm_with_whole_figures(arms, width, verdict):
+    widest = {"total_ms": 99.9, "downtime_ms": 99.9, "guest_blackout_ms": 99.9, "verdict": verdict}
+    widest["bytes"] = arms["none"].bytes.model_copy(update={"payload": 9.99 * 2**30, "wire_tx": 9.99 * 2**30})
+    arms = {arm: result.model_copy(update=widest) for arm, result in arms.items()}
+    share = 100 * arms["hint"].hints.skipped_pages / arms["hint"].guest.pages
+    lines = lines_of(demo_table(arms), width)
     for arm in ("none", "zero pages", "hinted pages", "both"):
-        (row,) = [line for line in lines if line.strip().startswith(arm)]
-        assert row.endswith("valid"), "every arm is one line"
+        (row,) = [line for line in lines if line.startswith(f"{arm} ")]
+        assert row.endswith(f" {share:.0f} %  {verdict}")
+        assert (row.count("9.99 GiB"), row.count("99.9 ms")) == (2, 3)
+
+
+def test_a_run_of_8_gib_is_reported_on_80_columns(result):
+    pages = {"candidate_pages": 2097152, "sent_pages": 262144, "zero_pages": 0, "skipped_pages": 1835008}
+    pages |= {
+        "payload_bytes": 1 << 30,
+        "wire_bytes": 1 << 30,
+        "dirtied_pages": 1310720,
+        "duration_ms": 1234.5,
+    }
+    part = result.rounds[0].model_copy(update=pages)
+    lines = lines_of(run_report(result.model_copy(update={"rounds": [part]})), 80)
+    (row,) = [line for line in lines if "2,097,152" in line]
+    assert row.split()[1:-4] == ["1.23", "s", "2,097,152", "262,144", "0", "1,835,008", "1,310,720"]
+    assert row.endswith("1.00 GiB 1.00 GiB")
+
+
+def test_variants_are_compared_on_80_columns(arms):
+    summary = summarise([arms["none"], arms["zero"], arms["hint"]])
+    lines = lines_of(compare_table({"skip none, streams 4": summary, "skip both, streams 4": summary}), 80)
+    first = next(row for row, line in enumerate(lines) if line.startswith("skip none, streams 4 "))
+    told = [lines[first + row] for row in range(3)]
+    for line, figures in zip(told, ("864 MiB 900 ms", "240 MiB 400 ms", "960 MiB 1.00 s"), strict=True):
+        wire, total = figures[:7], figures[8:]
+        assert wire in line
+        assert total in line
+
+
+GIB_OF_PAGES = 1 << 18
+HOST = {
+    "host": "a", "guest": "running", "has_guest": True, "node_pid": 4194303, "node_alive": True,
+    "agent_pid": 4194302, "agent_alive": True, "balloon_pages": 2559, "balloon_target_pages": 5119,
+    "free_pages": GIB_OF_PAGES - 300, "held_pages": GIB_OF_PAGES - 300, "operations": 123_456_789,
+}  # fmt: skip
+STANDBY = HOST | {"host": "b", "guest": "standby", "has_guest": False}
+
+
+def test_a_session_is_shown_on_80_columns():
+    loss = {"id": 1, "kind": "partition", "host": "a", "parameters": {"direction": "both"}}
+    status = {"session": "runs/x/1", "hosts": [HOST, STANDBY], "faults": [loss], "migrations": []}
+    lines = lines_of(status_table(status), 80)
+    assert "the guest is on host a" in lines
+    (row,) = [line for line in lines if line.startswith("a ")]
+    assert row.endswith("4194303  4194302  1.00 GiB  10.0 MiB of  1.00 GiB  123,456,789")
+    assert any(line.split() == ["20.0", "MiB"] for line in lines), "the balloon's target"
+    assert any("direction=both" in line for line in lines)
+
+
+def test_a_session_whose_hosts_are_silent_claims_no_place_for_the_guest():
+    silent = {**STANDBY, "guest": "unknown", "problem": "it does not answer"}
+    text = rendered(status_table({"session": "s", "hosts": [silent], "faults": [], "migrations": []}), 80)
+    assert "no host says that it has the guest" in text
+    assert "b: it does not answer" in text
+
+
+def test_doctor_shows_long_paths_whole():
+    path = "/run/user/1000/" + "a-directory-with-a-long-name/" * 3 + "docker.sock"
+    lacking = Checkup("Docker engine", ok=False, required=False, found=f"no engine at {path}",
+                      needed_for="--hosts docker", remedy=f"look at {path}")  # fmt: skip
+    assert len(lines_of(doctor_table([lacking]), 80)) > 2 * len(path) // 80
+
+
+def test_an_estimate_and_what_was_measured_are_told_apart(result):
+    estimated = result.model_copy(update={
+        "downtime_ms_estimated": 24.6, "downtime_ms": 60.0,
+        "downtime_parts_ms_estimated": {"pause": 2.0}, "downtime_parts_ms": {"pause": 5.0},
+    })  # fmt: skip
+    told = dict(course_lines(estimated))["estimate"]
+    assert told == "24.6 ms of downtime (measured 60.0 ms); most apart: pause 2.00 ms (measured 5.00 ms)"
 
 
 def test_an_arm_that_is_not_valid_says_why(arms):
@@ -102,24 +191,3 @@ def test_a_variant_without_a_completed_run_has_no_figures(result):
     summary = summarise([failed])
     assert summary.figures["total_ms"] == Figure(None, None, None)
     assert "-" in rendered(compare_table({"x": summary}))
-
-
-def test_the_speed_is_that_since_the_last_report():
-    speed = Speedometer()
-    assert speed.rate_bytes_per_s(1_000_000_000, 500) == 0.0
-    assert speed.rate_bytes_per_s(1_500_000_000, 1500) == 2000.0
-
-
-def test_progress_shows_round_pages_and_time_left():
-    with Progress(TextColumn("x"), console=Console(file=io.StringIO())) as progress:
-        show = TerminalLines(progress).begin("hint")
-        show(Event(1, "testbed", "run_started", {}))
-        assert progress.tasks[0].fields["step"] == "starting two hosts"
-        show(Event(2, "source", "round_started", {"round": 1, "candidate_pages": 1000}))
-        for at_ns, sent in ((10**9, 100), (2 * 10**9, 350)):
-            fields = {"round": 1, "sent_pages": sent, "zero_pages": 0, "skipped_pages": 400}
-            fields |= {"remaining_pages": 600 - sent, "payload_bytes": sent * 4096, "eta_ms": 1000.0}
-            show(Event(at_ns, "source", "progress", fields))
-        task = progress.tasks[0]
-        assert (task.completed, task.total) == (750, 1000)
-        assert task.fields["detail"] == "0.98 MiB/s, 0.98 MiB left, over in at least 1.00 s"

@@ -97,11 +97,18 @@ def test_the_command_replays_a_seed_and_names_what_can_be_planted():
     listed = runner.invoke(app, ["sim", "--plant", "list"])
     assert listed.exit_code == 0
     assert "commit-not-durable" in listed.output
-    assert runner.invoke(app, ["sim", "--plant", "nonsense"]).exit_code == 2
+    mistyped = runner.invoke(app, ["sim", "--plant", "comit-not-durable"])
+    assert mistyped.exit_code == 2
+    assert mistyped.stderr == (
+        "ballast: there is no bug 'comit-not-durable' to plant: `ballast sim --plant list` names them; "
+        "did you mean 'commit-not-durable'?\n"
+    )
     replayed = runner.invoke(app, ["sim", "--seed", "3"])
     assert replayed.exit_code == 0, replayed.output
     assert "every invariant holds" in replayed.output
-    document = json.loads(runner.invoke(app, ["sim", "--seeds", "3", "--processes", "1", "--json"]).stdout)
+    asked = runner.invoke(app, ["sim", "--seeds", "3", "--processes", "1", "--json"])
+    document = json.loads(asked.stdout)
+    assert json.loads(asked.stderr.splitlines()[-1])["seeds_done"] == 3
     assert {"seeds", "violations", "seconds", "steps", "coverage"} <= document.keys()
     assert (document["seeds"], document["violations"]) == (3, [])
     failing = runner.invoke(
