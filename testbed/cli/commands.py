@@ -100,7 +100,7 @@ def demo(
         arms = scenarios(memory, unnamed(seed, hosts, context_source, context_dest))
         for scenario in arms.values():
             require(scenario)
-        with Interrupt() as interrupt, display(as_json=as_json) as shown:
+        with Interrupt() as interrupt, display() as shown:
             finished = run_arms(arms, out, interrupt, shown)
         results = {arm: run.result for arm, run in finished.items()}
         if as_json:
@@ -132,7 +132,7 @@ def run(
         from testbed.scenario.file import load
 
         chosen = load(scenario, overrides or (), unnamed(seed, hosts, context_source, context_dest))
-        with Interrupt() as interrupt, display(as_json=as_json) as shown:
+        with Interrupt() as interrupt, display() as shown:
             finished = run_scenario(chosen, out, interrupt, shown.begin(chosen.name))
             shown.finish(chosen.name, finished)
         if as_json:
@@ -166,7 +166,7 @@ def compare(
 
         fixed = [*unnamed(seed, hosts, context_source, context_dest), *(overrides or ())]
         chosen = variants(scenario, vary, fixed)
-        with Interrupt() as interrupt, display(as_json=as_json) as shown:
+        with Interrupt() as interrupt, display() as shown:
             finished = run_variants(
                 scenario, chosen, fixed, repeat, out=out, interrupt=interrupt, shown=shown
             )
@@ -226,7 +226,7 @@ def dirtyrate(
 
         measured = measured_rate(
             scenario, session_dir, unnamed(seed, hosts), overrides or (),
-            out=out, period=period, periods=periods, rate=rate, as_json=as_json,
+            out=out, period=period, periods=periods, rate=rate,
         )  # fmt: skip
         if as_json:
             print_json(measured.to_dict())

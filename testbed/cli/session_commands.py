@@ -57,7 +57,7 @@ def up(
 
         chosen = load(scenario, overrides or (), unnamed(seed, hosts))
         require(chosen)
-        with Interrupt() as interrupt, display(as_json=as_json) as shown:
+        with Interrupt() as interrupt, display() as shown:
             beginning = sessions.Beginning(chosen, out)
             interrupt.listen(beginning.interrupt)
             session = beginning.wait(shown.begin(chosen.name))
@@ -96,7 +96,7 @@ def migrate(
 
         session = sessions.choose(session_dir)
         request = {"command": "migrate", "to": to, "overrides": overrides or [], "expect": expect}
-        with Interrupt() as interrupt, display(as_json=as_json) as shown:
+        with Interrupt() as interrupt, display() as shown:
             conversation = sessions.Conversation(session)
             _cancel_at_first_press(interrupt, session, conversation)
             answer = conversation.ask(request, shown.begin(f"{session.scenario}, migration by hand"))

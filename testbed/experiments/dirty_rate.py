@@ -123,7 +123,6 @@ def measured_rate(
     period: str,
     periods: int,
     rate: str,
-    as_json: bool,
 ) -> DirtyRate:
     """What the command asks for: of a scenario's guest, which is booted for it, or of a standing session's.
 
@@ -141,7 +140,7 @@ def measured_rate(
     if session_dir is not None:
         raise UsageError("a scenario and --session DIR: measure one or the other")
     chosen = load(scenario, overrides, fixed)
-    with Interrupt() as interrupt, display(as_json=as_json) as shown:
+    with Interrupt() as interrupt, display() as shown:
         return run_dirty_rate(
             chosen,
             out,

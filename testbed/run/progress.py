@@ -1,8 +1,7 @@
 """What a waiting human, or a waiting program, sees while runs are under way.
 
 Rule 1: progress is told from the run's own events and changes nothing.
-Rule 2: on a terminal it is one line per run; in a pipe or a log a line for every step and decision, and for a
-        program, which asks for JSON, every event as a line of JSON.
+Rule 2: on a terminal it is one line per run; elsewhere every event is a line of JSON.
 Rule 3: all of it goes to standard error: standard output belongs to results.
 Rule 4: a line fits into its terminal: what it can do without is left out whole, and nothing is cut.
 """
@@ -59,27 +58,6 @@ class JsonLines:
             "verdict": run.result.verdict,
         }
         sys.stderr.write(json.dumps(summary) + "\n")
-
-
-class PhaseLines:
-    """For people who read a pipe or a log: what a run does, decides, and comes to."""
-
-    def begin(self, label: str) -> Callable[[Event], None]:
-        """See Display."""
-        steps = Steps()
-
-        def show(event: Event) -> None:
-            if line := steps.line(event):
-                sys.stderr.write(f"{label}: {line}\n")
-
-        return show
-
-    def finish(self, label: str, run: FinishedRun) -> None:
-        """See Display."""
-        result = run.result
-        sys.stderr.write(
-            f"{label}: {result.outcome} in {format_ms(result.total_ms)}, proof {result.verdict}\n"
-        )
 
 
 class Speedometer:
@@ -197,11 +175,11 @@ class TerminalLines:
 
 
 @contextmanager
-def display(*, as_json: bool) -> Iterator[Display]:
-    """The display that fits where stderr goes; `as_json`: a program asks."""
+def display() -> Iterator[Display]:
+    """The display that fits where stderr goes."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield JsonLines() if as_json else PhaseLines()
+        yield JsonLines()
         return
     with FittedProgress(console) as progress:
         yield TerminalLines(progress)

@@ -65,7 +65,7 @@ def sim(
     from testbed.sim.runner import run_seeds
 
     wanted = planted is not Plant.NONE
-    with _progress(seeds, as_json=as_json) as told:
+    with _progress(seeds) as told:
         summary = run_seeds(first, seeds, planted, told, processes=processes, stop_at_first=wanted)
     if as_json:
         typer.echo(json.dumps(summary.to_dict(), indent=2))
@@ -128,22 +128,18 @@ def _report(summary: Summary) -> None:
 
 
 class _progress:  # noqa: N801 - a context manager that reads as a verb
-    """On stderr: one line that changes at a terminal, lines in a pipe; lines of JSON for a program."""
+    """On stderr: one line that changes at a terminal, lines of JSON elsewhere."""
 
-    def __init__(self, seeds: int, *, as_json: bool) -> None:
+    def __init__(self, seeds: int) -> None:
         self._seeds = seeds
         self._human = sys.stderr.isatty()
-        self._as_json = as_json
 
     def __enter__(self) -> Self:
         return self
 
     def __call__(self, done: int, violations: int) -> None:
-        line = f"{done:>8} of {self._seeds} seeds, {violations} violations"
         if self._human:
-            sys.stderr.write(f"\r{line} ")
-        elif not self._as_json:
-            sys.stderr.write(f"{line}\n")
+            sys.stderr.write(f"\r{done:>8} of {self._seeds} seeds, {violations} violations ")
         else:
             sys.stderr.write(
                 json.dumps({"seeds_done": done, "seeds": self._seeds, "violations": violations}) + "\n"

@@ -46,16 +46,7 @@ def foreign(engine):
 def test_a_killed_ballast_leaves_nothing_that_clean_does_not_remove(tmp_path, engine, bed):
     scenario = tmp_path / "slow.toml"
     scenario.write_text(SLOW)
-    command = [
-        sys.executable,
-        "-m",
-        "testbed",
-        "run",
-        str(scenario),
-        "--json",
-        "--out",
-        str(tmp_path / "runs"),
-    ]
+    command = [sys.executable, "-m", "testbed", "run", str(scenario), "--out", str(tmp_path / "runs")]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     with run:
         started = None

@@ -1,4 +1,4 @@
-"""What is told while runs are under way: a line that fits at a terminal, steps in a pipe, JSON for programs."""
+"""What is told while runs are under way: a line that fits at a terminal, JSON elsewhere."""
 
 import io
 import json
@@ -10,6 +10,7 @@ from rich.console import Console
 from testbed.history import Event
 from testbed.run import progress
 from testbed.run.progress import FittedProgress, Speedometer, TerminalLines, display
+from testbed.run.steps import Steps
 
 FINISHED = SimpleNamespace(result=SimpleNamespace(outcome="completed", verdict="valid", total_ms=1350.0))
 IN_ROUND_2 = {
@@ -109,75 +110,57 @@ RUN = (
     ("source", "guest_ready", {}),
     ("source", "node_described", {}),
     ("testbed", "migration_requested", {"attempt": 1}),
-    ("source", "round_started", {"round": 1, "candidate_pages": 16384}),
     ("source", "hints_opened", {"round": 1}),
     ("source", "progress", IN_ROUND_2),
-    ("source", "link_lost", {"phase": "ROUND", "reason": "cut", "link_timeout_ms": 100}),
-    ("dest", "link_lost", {"reason": "cut", "link_timeout_ms": 100}),
-    ("source", "migration_ended", {"outcome": "failed", "reason": "the link stayed lost"}),
     ("testbed", "migration_retried", {"attempt": 2, "pause_ms": 500, "reason": "the link stayed lost"}),
     ("testbed", "migration_requested", {"attempt": 2}),
     ("source", "hints_opened", {"round": 1}),
-    ("source", "round_ended", {
-        "round": 1, "sent_pages": 10351, "zero_pages": 998, "skipped_pages": 14336, "duration_ms": 35.9,
-        "candidate_pages": 16384, "reason": "39 pages left, about 1.2 ms, within the downtime limit of 300 ms",
-    }),
     ("source", "guest_paused", {}),
     ("dest", "prepared", {}),
     ("dest", "committed", {}),
     ("dest", "guest_running", {}),
     ("source", "committed", {}),
     ("dest", "guest_ready", {}),
-    ("source", "migration_ended", {"outcome": "completed", "reason": "the destination runs the guest"}),
     ("testbed", "guest_checked", {}),
 )  # fmt: skip
-TOLD = """\
-hint: starting two hosts
-hint: the guest boots
-hint: the guest settles
-hint: attempt 1: setting up
-hint: asking the guest for its free pages
-hint: the link is lost: cut
-hint: failed: the link stayed lost
-hint: attempt 2 follows in 500 ms: the link stayed lost
-hint: attempt 2: setting up
-hint: asking the guest for its free pages
-hint: round 1: 10,351 sent, 998 zero, 14,336 skipped pages in 35.9 ms; 39 pages left, about 1.2 ms, \
-within the downtime limit of 300 ms
-hint: switching over
-hint: the destination has the whole guest
-hint: the guest runs at the destination
-hint: the guest runs on; both memories are hashed
-hint: completed: the destination runs the guest
-hint: collecting the evidence
-hint: completed in 1.35 s, proof valid
-"""
 
 
-def told(monkeypatch, *, as_json):
+def test_a_step_is_told_once_and_none_goes_back():
+    steps = Steps()
+    told = [steps.begun(Event(at_ns, *event)) for at_ns, event in enumerate(RUN)]
+    assert [step for step in told if step] == [
+        "starting two hosts",
+        "the guest boots",
+        "the guest settles",
+        "setting up",
+        "asking the guest for its free pages",
+        "waiting for the next attempt",
+        "setting up",
+        "asking the guest for its free pages",
+        "switching over",
+        "the destination has the whole guest",
+        "the guest runs at the destination",
+        "the guest runs on; both memories are hashed",
+        "collecting the evidence",
+    ]
+
+
+def test_elsewhere_every_event_is_told(monkeypatch):
     piped = io.StringIO()
     monkeypatch.setattr("sys.stderr", piped)
-    with display(as_json=as_json) as shown:
+    with display() as shown:
         show = shown.begin("hint")
-        for at_ns, (origin, name, fields) in enumerate(RUN):
-            show(Event(at_ns, origin, name, fields))
+        for at_ns, event in enumerate(RUN):
+            show(Event(at_ns, *event))
         shown.finish("hint", FINISHED)
-    return piped.getvalue()
-
-
-def test_a_pipe_is_told_steps_attempts_and_decisions_once_each(monkeypatch):
-    assert told(monkeypatch, as_json=False) == TOLD
-
-
-def test_a_program_is_told_every_event(monkeypatch):
-    documents = [json.loads(line) for line in told(monkeypatch, as_json=True).splitlines()]
+    documents = [json.loads(line) for line in piped.getvalue().splitlines()]
     assert [document["name"] for document in documents] == [name for _, name, _ in RUN] + ["judged"]
     assert documents[0] == {
         "run": "hint", "at_ns": 0, "origin": "testbed", "name": "run_started", "fields": {"run": "0a"},
     }  # fmt: skip
 
 
-def test_a_terminal_is_a_terminal_for_programs_too(monkeypatch):
+def test_a_terminal_has_a_line_a_run(monkeypatch):
     monkeypatch.setattr(progress, "Console", lambda **_: Console(file=io.StringIO(), force_terminal=True))
-    with display(as_json=True) as shown:
+    with display() as shown:
         assert isinstance(shown, TerminalLines)

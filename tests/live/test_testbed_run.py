@@ -125,7 +125,7 @@ def wait_for_line(process, wanted):
 
 
 def test_ctrl_c_cancels_checks_the_guest_and_takes_everything_down(slow_file, tmp_path):
-    with ballast("run", slow_file, "--json", "--out", tmp_path / "runs") as process:
+    with ballast("run", slow_file, "--out", tmp_path / "runs") as process:
         wait_for_line(process, "progress")
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=DEADLINE_S)
@@ -142,7 +142,7 @@ def test_ctrl_c_cancels_checks_the_guest_and_takes_everything_down(slow_file, tm
 
 
 def test_a_killed_testbed_takes_its_processes_along_and_clean_removes_the_rest(slow_file, tmp_path):
-    with ballast("run", slow_file, "--json", "--out", tmp_path / "runs") as process:
+    with ballast("run", slow_file, "--out", tmp_path / "runs") as process:
         wait_for_line(process, "progress")
         mine = {child.pid for child in psutil.Process(process.pid).children()}
         assert len(mine) == 4
