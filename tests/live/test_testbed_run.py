@@ -125,7 +125,7 @@ def wait_for_line(process, wanted):
 
 
 def test_ctrl_c_cancels_checks_the_guest_and_takes_everything_down(slow_file, tmp_path):
-    with ballast("run", slow_file, "--out", tmp_path / "runs") as process:
+    with ballast("run", slow_file, "--json", "--out", tmp_path / "runs") as process:
         wait_for_line(process, "progress")
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=DEADLINE_S)
