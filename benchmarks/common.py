@@ -95,7 +95,7 @@ class Reserve:
 
     A virtual machine may report free memory to its hypervisor, which takes it, and gives it again slowly, page by
     page: the same store was seen to cost 1.0 and 3.8 CPU-seconds per GiB, the same 8 GiB 8 and 90 s. What is
-    freed is reported after some two seconds: so it is held until just before it is used, and given bit by bit.
+    freed is reported after some two seconds: so it is held until just before it is used.
     """
 
     def __init__(self, size: int) -> None:
@@ -111,25 +111,17 @@ class Reserve:
         for _ in range(-(-self._size // len(block))):
             os.write(self._fd, block)
 
-    def release(self, kept: int = 0) -> None:
-        """Give all but this much of it to whoever asks next. Idempotent."""
-        if self._fd < 0:
-            return
-        if kept > 0:
-            os.ftruncate(self._fd, min(kept, os.fstat(self._fd).st_size))
-        else:
+    def release(self) -> None:
+        """Give it to whoever asks next. Idempotent."""
+        if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-AHEAD_BYTES = 1 << 30  # of what the destination has received: a second's worth, less than the kernel waits
 
 
 class WarmMemory:
     """Runs whose guest, and whose destination, find memory that is there: two reserves of the guest's size."""
 
     def __init__(self, memory_bytes: int) -> None:
-        self._memory_bytes = memory_bytes
         self._source, self._dest = Reserve(memory_bytes), Reserve(memory_bytes)
 
     def run(
@@ -153,10 +145,9 @@ class WarmMemory:
         return finished
 
     def _heard(self, event: Event) -> None:
-        """The destination's memory is there a little before it is needed, and not long before."""
-        sent = {"migration_requested": 0, "progress": event.fields.get("payload_bytes", 0)}.get(event.name)
-        if sent is not None:
-            self._dest.release(kept=self._memory_bytes - sent - AHEAD_BYTES)
+        """At once, because a destination looks for room; two seconds later the rest begins to be taken away."""
+        if event.name == "migration_requested":
+            self._dest.release()
 
     def release(self) -> None:
         """Give everything back."""
