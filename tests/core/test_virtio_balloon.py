@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -218,12 +217,11 @@ def driver(features: int | None = None, *, batch_pages: int = 256) -> BalloonDri
     return made
 
 
-def play(made: BalloonDriver, *lines: DriverEvent | list[DriverCommand]) -> None:
+def assert_answers(made: BalloonDriver, *lines: DriverEvent | list[DriverCommand]) -> None:
     """A transcript: every event is followed by the commands it must bring."""
-    for event, commands in pairwise(lines):
-        if not isinstance(event, list):
-            assert isinstance(commands, list), "an event nobody looked at"
-            assert made.handle(event) == commands, event
+    for event, commands in zip(lines[::2], lines[1::2], strict=True):
+        assert not isinstance(event, list), "commands without an event"
+        assert made.handle(event) == commands, event
 
 
 def hint_config(command_id: int) -> ConfigChanged:
@@ -240,7 +238,7 @@ def test_the_driver_accepts_what_it_wants_of_what_is_offered():
 
 
 def test_inflation_goes_batch_by_batch_and_actual_follows_the_device():
-    play(
+    assert_answers(
         driver(),
         ConfigChanged(BalloonConfig(num_pages=300)),
         [InflatePfns(256)],
@@ -266,7 +264,7 @@ def test_inflation_goes_batch_by_batch_and_actual_follows_the_device():
 
 
 def test_a_target_that_turns_around_waits_for_the_inflation_under_way():
-    play(
+    assert_answers(
         driver(),
         ConfigChanged(BalloonConfig(num_pages=10)),
         [InflatePfns(10)],
@@ -280,7 +278,7 @@ def test_a_target_that_turns_around_waits_for_the_inflation_under_way():
 
 
 def test_short_of_memory_the_driver_rests_until_retry():
-    play(
+    assert_answers(
         driver(),
         ConfigChanged(BalloonConfig(num_pages=100)),
         [InflatePfns(100)],
@@ -301,7 +299,7 @@ def test_short_of_memory_the_driver_rests_until_retry():
 
 def test_out_of_memory_deflates_only_if_that_was_negotiated():
     made = driver()
-    play(
+    assert_answers(
         made,
         ConfigChanged(BalloonConfig(num_pages=400)),
         [InflatePfns(256)],
@@ -323,7 +321,7 @@ def test_out_of_memory_deflates_only_if_that_was_negotiated():
         [WriteActual(144)],  # and not back to 400 at once
     )
     plain = driver(mask(F_VERSION_1))
-    play(
+    assert_answers(
         plain,
         ConfigChanged(BalloonConfig(num_pages=1)),
         [InflatePfns(1)],
@@ -338,7 +336,7 @@ def test_out_of_memory_deflates_only_if_that_was_negotiated():
 
 def test_a_report_starts_with_a_new_id_once_and_done_releases():
     made = driver()
-    play(
+    assert_answers(
         made,
         hint_config(7),
         [StartReport(7)],
@@ -365,13 +363,15 @@ def test_a_report_starts_with_a_new_id_once_and_done_releases():
 )
 def test_a_running_report_ends_before_anything_else_happens(after: int, follows: list[DriverCommand]):
     made = driver()
-    play(made, hint_config(8), [StartReport(8)], hint_config(after), [StopReport(8)], hint_config(after), [])
+    assert_answers(
+        made, hint_config(8), [StartReport(8)], hint_config(after), [StopReport(8)], hint_config(after), []
+    )
     assert not made.report_continues
-    play(made, ReportEnded(8), follows)
+    assert_answers(made, ReportEnded(8), follows)
 
 
 def test_without_the_feature_command_ids_mean_nothing():
-    play(driver(mask(F_VERSION_1)), hint_config(7), [])
+    assert_answers(driver(mask(F_VERSION_1)), hint_config(7), [])
 
 
 def test_events_that_cannot_be_are_our_own_mistake():
@@ -392,7 +392,7 @@ def test_a_saved_driver_finishes_what_was_submitted_and_forgets_the_report():
     restored = BalloonDriver()
     restored.restore(json.loads(json.dumps(made.save())))
     assert not restored.report_continues
-    play(
+    assert_answers(
         restored,
         hint_config(7),
         [],
@@ -410,7 +410,7 @@ def test_what_was_not_submitted_is_asked_for_again_after_restore():
     made.handle(ConfigChanged(BalloonConfig(num_pages=10)))
     restored = BalloonDriver()
     restored.restore(made.save())
-    play(restored, ConfigChanged(BalloonConfig(num_pages=10)), [InflatePfns(10)])
+    assert_answers(restored, ConfigChanged(BalloonConfig(num_pages=10)), [InflatePfns(10)])
 
 
 @pytest.mark.parametrize(
