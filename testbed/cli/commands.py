@@ -30,8 +30,8 @@ from testbed.cli.options import (
 )
 from testbed.cli.output import leave_with, print_json, print_table, told
 from testbed.cli.session_commands import register
+from testbed.cli.sim_command import register as register_sim
 from testbed.cli.soak_command import register as register_soak
-from testbed.sim.cli import register as register_sim
 
 
 class Commands(TyperGroup):

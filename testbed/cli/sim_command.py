@@ -1,8 +1,8 @@
 """`ballast sim`: thousands of simulated worlds, and each of them again.
 
-Rule 1: exit code 0: no violation, or with --plant the planted bug was found; 1: the opposite, or (from
-        COVERAGE_SEEDS
-        seeds on) something was never reached.
+Rule 1: as in commands.py: arguments in, one function of another module, lines or one JSON object out.
+Rule 2: exit code 0: no violation, or with --plant the planted bug was found; 1: the opposite, or (from
+        COVERAGE_SEEDS seeds on) something was never reached.
 """
 # ruff: noqa: PLC0415 - what a command needs is imported when it runs
 
@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
+from testbed.cli.options import Json
+from testbed.cli.output import leave_with, print_json, told
+
 if TYPE_CHECKING:
+    from testbed.sim.plants import Plant
     from testbed.sim.runner import Summary
     from testbed.sim.simulation import Outcome
 
 COVERAGE_SEEDS = 10_000  # so many must have reached everything
-PLANT_SEEDS = 2_000
 
 
 def register(app: typer.Typer) -> None:
@@ -41,71 +44,63 @@ def sim(
         ),
     ] = "",
     processes: Annotated[int, typer.Option("--processes", min=0, help="0: one a core.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Simulate migrations in virtual time, with faults.
 
     The machines are the real ones; network, hosts, guest and faults are drawn from the seed.
     """
-    from testbed.errors import UsageError
     from testbed.sim.plants import DESCRIPTIONS, Plant, plant_named
 
     if plant == "list":
         for known, what in DESCRIPTIONS.items():
             typer.echo(f"{known.value:40} {what}")
         return
-    try:
+    with told():
         planted = plant_named(plant) if plant else Plant.NONE
-    except UsageError as error:
-        typer.echo(f"ballast: {error}", err=True)
-        raise typer.Exit(2) from None
     if seed is not None:
         _replay(seed, planted, as_json=as_json)
         return
     from testbed.sim.runner import run_seeds
 
     wanted = planted is not Plant.NONE
-    with _progress(seeds) as told:
-        summary = run_seeds(first, seeds, planted, told, processes=processes, stop_at_first=wanted)
+    with _progress(seeds) as shown:
+        summary = run_seeds(first, seeds, planted, shown, processes=processes, stop_at_first=wanted)
     if as_json:
-        typer.echo(json.dumps(summary.to_dict(), indent=2))
+        print_json(summary.to_dict())
     else:
         _report(summary)
     incomplete = not wanted and summary.seeds >= COVERAGE_SEEDS and bool(summary.unreached)
-    if bool(summary.failing) is not wanted or incomplete:
-        raise typer.Exit(1)
+    leave_with([1 if bool(summary.failing) is not wanted or incomplete else 0])
 
 
-def _replay(seed: int, plant: object, *, as_json: bool) -> None:
+def _replay(seed: int, plant: Plant, *, as_json: bool) -> None:
     from testbed.sim.minimise import minimised
-    from testbed.sim.plants import Plant
     from testbed.sim.runner import violation
     from testbed.sim.simulation import simulate
 
-    assert isinstance(plant, Plant), plant
     outcome = simulate(seed, plant, transcript=True)
     smallest = minimised(outcome, plant) if outcome.violation else None
     if as_json:
-        document = violation(outcome) | {"minimised": violation(smallest) if smallest else None}
-        typer.echo(json.dumps(document, indent=2))
+        print_json(violation(outcome) | {"minimised": violation(smallest) if smallest else None})
     else:
         for line in outcome.transcript:
             typer.echo(line)
         _tell(smallest or outcome, plant)
-    if bool(outcome.violation) is not (plant is not Plant.NONE):
-        raise typer.Exit(1)
+    leave_with([1 if bool(outcome.violation) is not bool(plant.value) else 0])
 
 
-def _tell(outcome: Outcome, plant: object) -> None:
+def _tell(outcome: Outcome, plant: Plant) -> None:
     """What broke, and under which schedule."""
     if not outcome.violation:
         typer.echo(f"seed {outcome.seed}: {outcome.steps} steps, every invariant holds")
         return
-    name = getattr(plant, "value", "")
     typer.echo(f"\nseed {outcome.seed}: {outcome.violation}")
     for fault in outcome.options.faults:
         typer.echo(f"  {fault}")
-    typer.echo(f"  again: ballast sim --seed {outcome.seed}{f' --plant {name}' if name else ''}")
+    typer.echo(
+        f"  again: ballast sim --seed {outcome.seed}{f' --plant {plant.value}' if plant.value else ''}"
+    )
 
 
 def _report(summary: Summary) -> None:
