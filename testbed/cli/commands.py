@@ -11,7 +11,7 @@ Rule 3: results go to standard output, everything else to standard error; an err
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
@@ -32,6 +32,8 @@ from testbed.cli.output import leave_with, print_json, print_table, told
 from testbed.cli.session_commands import register
 from testbed.cli.sim_command import register as register_sim
 from testbed.cli.soak_command import register as register_soak
+
+REPEATS_MAX: Final = 100  # a slip must not start a day of runs
 
 
 class Commands(TyperGroup):
@@ -147,7 +149,7 @@ def compare(
     scenario: ScenarioPath,
     *,
     vary: Annotated[list[str], typer.Option("--vary", metavar="KEY=A,B,C", help="May be repeated.")],
-    repeat: Annotated[int, typer.Option("--repeat", min=1, max=100, help="Runs per variant.")] = 3,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, max=REPEATS_MAX, help="Runs per variant.")] = 3,
     overrides: Overrides = None,
     hosts: HostsKind = None,
     context_source: ContextSource = None,

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from testbed.scenario.document import Scenario
 
 VARIANTS_MAX: Final = 64  # a slip in --vary must not start a day of runs
-REPEATS_MAX: Final = 100  # a slip must not start a day of runs
 
 
 def variants(path: Path, vary: Sequence[str], fixed: Sequence[str]) -> dict[str, list[str]]:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).resolve().parents[2]
 REPOSITORY: Final = "ballast-host"
 SOURCES_LABEL: Final = "ballast.sources"
-BASE_LABEL: Final = "ballast.base"
 MADE_BASE: Final = "ballast-base:bookworm"  # deploy/make-base-image
 PULLED_BASE: Final = "python:3.12-slim"  # the Dockerfile's own default
 SINGLE_FILES: Final = (

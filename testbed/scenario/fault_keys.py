@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
@@ -62,12 +62,6 @@ def fault_conflicts(
             yield f"{path}.host", f"'{fault.origin}' is no host of this scenario: it has {', '.join(origins)}"
         if fault.needs_containers and hosts_kind == "local":
             yield f"{path}.kind", f"'{fault.kind}' {DOCKER.format(MISSING[fault.scope])}"
-
-
-def keys_of(kind: object) -> list[str]:
-    """The keys of a kind as they are written, for messages about unknown ones."""
-    model: Any = KINDS.get(str(kind), Fault)
-    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def restarted(faults: Sequence[Fault]) -> frozenset[str]:

@@ -27,7 +27,6 @@ MEMORY_BYTES = 512 << 20
 WITHOUT_REPORTING = FEATURES_DEFAULT & ~mask(F_REPORTING)
 BALLOON_PAGES = 40_000
 MARKER_PAGES = 16_384  # 64 MiB: most of it lies in blocks that are whole once it is gone
-OOM_BATCH_PAGES = 256  # what Linux's driver gives back when memory runs out
 # Blocks of 4 MiB that are whole are 94 to 99 % of an idle guest's free memory.
 HINTED_SHARE = 0.94
 
