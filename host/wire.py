@@ -155,11 +155,7 @@ class ConnectionMeter(ABC):
             self._ended.add(cookie)
 
     def _messages(self, diag: DiagSocket) -> Iterator[Any]:
-        for family in (socket.AF_INET, socket.AF_INET6):
-            found = diag.get_sock_stats(family=family, states=SS_CONN, extensions=INFO_EXTENSION)
-            for message in found:
-                if message.get_attr("INET_DIAG_INFO") is not None and self._matches(message):
-                    yield message
+        return (message for message in _connections(diag) if self._matches(message))
 
 
 class TcpMeter(ConnectionMeter):
@@ -190,11 +186,44 @@ class OtherTraffic(ConnectionMeter):
         return not inside and (remote, message["idiag_dport"]) != self._peer
 
 
+class ServedTraffic(ConnectionMeter):
+    """What this process's server exchanges with one peer, by whatever connections.
+
+    Args:
+        connection: the remote "host:port" of one of them, which is open: the others come from that host and reach
+            the same port. When it is gone already, nothing is counted.
+    """
+
+    def __init__(self, connection: str) -> None:
+        self._host, port = peer_address(connection)
+        self._served_port = _own_port_towards((self._host, port))
+        super().__init__()
+
+    def _matches(self, message: Any) -> bool:
+        return (_short(message["idiag_dst"]), message["idiag_sport"]) == (self._host, self._served_port)
+
+
 def peer_address(remote: str) -> tuple[IPv4Address | IPv6Address, int]:
     """The address and port of "host:port", resolved."""
     host, _, port = remote.rpartition(":")
     address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0][4][0]
     return _short(str(address)), int(port)
+
+
+def _connections(diag: DiagSocket) -> Iterator[Any]:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for message in diag.get_sock_stats(family=family, states=SS_CONN, extensions=INFO_EXTENSION):
+            if message.get_attr("INET_DIAG_INFO") is not None:
+                yield message
+
+
+def _own_port_towards(peer: tuple[IPv4Address | IPv6Address, int]) -> int:
+    """The local port of the connection with that peer; 0 when there is none."""
+    with DiagSocket() as diag:
+        for message in _connections(diag):
+            if (_short(message["idiag_dst"]), message["idiag_dport"]) == peer:
+                return int(message["idiag_sport"])
+    return 0
 
 
 def _cookie(message: Any) -> int:

@@ -69,6 +69,7 @@ class Account(Part):
     retransmitted_bytes: int = 0
     dest_received_bytes: int | None = None  # the same bytes at the destination's interfaces
     dest_sent_bytes: int | None = None
+    dest_stream_bytes: int | None = None  # of them the TCP streams' own, each byte once
     problems: list[str] = Field(default_factory=list)
 
 
@@ -90,7 +91,8 @@ class Counts:
     ip_version: int = 4
     interface: Mapping[str, Any] | None = None
     others: Mapping[str, int] = field(default_factory=dict)
-    dest: Mapping[str, int] | None = None
+    dest: Mapping[str, Any] | None = None
+    relayed: bool = False  # the hosts have networks of their own, and something between them ends TCP
 
     @classmethod
     def of(cls, record: RunRecord) -> Counts | None:
@@ -117,6 +119,7 @@ class Counts:
             interface=told.get("interface"),
             others=told.get("others") or {},
             dest=received[-1].fields if received else None,
+            relayed=len(list(record.all("network_made", "testbed"))) > 1,
         )
 
 
@@ -191,6 +194,7 @@ def explain(counts: Counts) -> Account:
         retransmitted_bytes=retransmitted,
         dest_received_bytes=counts.dest["rx_bytes"] if counts.dest else None,
         dest_sent_bytes=counts.dest["tx_bytes"] if counts.dest else None,
+        dest_stream_bytes=(counts.dest.get("streams") or {}).get("rx_bytes") if counts.dest else None,
         problems=problems,
     )
 
@@ -315,24 +319,33 @@ def _link_problems(account: Account, counts: Counts, *, offload: bool) -> Iterat
         largest = int(interface.get("mtu_bytes", 0)) + ETHERNET_HEADER_BYTES
         if largest > ETHERNET_HEADER_BYTES and mean > largest:
             yield f"a packet has {mean:.0f} bytes on average and at most {largest} fit without offload"
-    yield from _end_problems(account, _lost_on_the_way(counts))
-
-
-def _end_problems(account: Account, lost_most: int) -> Iterator[str]:
-    """What one end sent the other received, but for what was lost on the way and sent again."""
-    if account.dest_received_bytes is None or account.dest_sent_bytes is None:
-        return
-    returned = sum(layer.backward_bytes for layer in account.layers if layer.name.startswith("frames that"))
-    pairs = (
-        ("to", account.wire_forward_bytes, account.dest_received_bytes),
-        ("from", account.dest_sent_bytes, account.wire_backward_bytes - returned),
-    )
-    for way, sent, received in pairs:
+    for what, sent, received in _both_ends(account, counts):
         missing, most = sent - received, tolerated(sent)
-        if missing > most + lost_most:
-            yield f"{sent} bytes left {way} the destination and {received} arrived: {missing} are missing"
+        if missing > most + _lost_on_the_way(counts):
+            yield f"{sent} {what} the destination and {received} arrived: {missing} are missing"
         elif -missing > most:
-            yield f"{sent} bytes left {way} the destination and {received} arrived: {-missing} came from elsewhere"
+            yield f"{sent} {what} the destination and {received} arrived: {-missing} came from elsewhere"
+
+
+def _both_ends(account: Account, counts: Counts) -> Iterator[tuple[str, int, int]]:
+    """(what, sent at one end, received at the other): the same, but for what was lost on the way and sent again.
+
+    A relay's packets are its own, and what it sent again nobody else knows of: behind one only the TCP streams are
+    the same at both ends.
+    """
+    if counts.dest is None:
+        return
+    if streams := counts.dest.get("streams"):
+        sent = counts.tcp["tx_bytes"] - counts.tcp["retransmitted_bytes"]
+        answered = streams["tx_bytes"] - streams["retransmitted_bytes"]
+        yield "bytes of TCP streams left to", sent, streams["rx_bytes"]
+        yield "bytes of TCP streams left from", answered, counts.tcp["rx_bytes"]
+    if not counts.relayed:
+        returned = sum(
+            layer.backward_bytes for layer in account.layers if layer.name.startswith("frames that")
+        )
+        yield "bytes left to", account.wire_forward_bytes, counts.dest["rx_bytes"]
+        yield "bytes left from", counts.dest["tx_bytes"], account.wire_backward_bytes - returned
 
 
 def _outside_problems(record: RunRecord) -> Iterator[str]:
@@ -356,8 +369,10 @@ def _missing_witnesses(record: RunRecord, counts: Counts) -> Iterator[str]:
         if _seen_from_outside(record) is not None:
             yield "the source has a network of its own and told no counts of its interfaces"
         return
-    if counts.dest is None and not record.node_was_killed("dest"):
-        yield "the destination told no counts of its interfaces: the two ends cannot be compared"
+    told = counts.dest if not counts.relayed else counts.dest and counts.dest.get("streams")
+    if not told and not record.node_was_killed("dest"):
+        of_what = "TCP streams" if counts.relayed else "interfaces"
+        yield f"the destination told no counts of its {of_what}: the two ends cannot be compared"
     unseen = {event.fields["host"]: event.fields for event in record.all("wire_unseen", "testbed")}.get(
         "source"
     )

@@ -222,8 +222,11 @@ def test_the_table_shows_every_layer_and_the_sum():
 # -- from a record ---------------------------------------------------------------------------------
 
 
-def with_interface(run, dest_received=None, **changed):
-    """Turns a synthetic run's counts into those of a host with an interface."""
+def with_interface(run, dest_received=None, streams=None, **changed):
+    """Turns a synthetic run's counts into those of a host with an interface.
+
+    `streams` changes what the destination's TCP streams carried; False: it told nothing of them.
+    """
     record = load(run.run_dir.path)
     told_bytes = dict(record.ended.fields["bytes"])
     stream = told_bytes["tcp"]["tx_bytes"]
@@ -235,6 +238,10 @@ def with_interface(run, dest_received=None, **changed):
     edit_fields(run, "migration_ended", bytes=told_bytes)
     received = interface["tx_bytes"] if dest_received is None else dest_received
     fields = {"rx_bytes": received, "tx_bytes": interface["rx_bytes"], "rx_packets": 50, "tx_packets": 40}
+    tcp = told_bytes["tcp"]
+    if streams is not False:
+        carried = {"rx_bytes": tcp["tx_bytes"] - tcp["retransmitted_bytes"], "tx_bytes": tcp["rx_bytes"]}
+        fields["streams"] = {**carried, "retransmitted_bytes": 0, **(streams or {})}
     tell(run, 1050, "dest", "wire_received", attempt="synthetic#1@1", **fields)
     tell(
         run, 1060, "testbed", "wire_seen", by="source", hosts={"source": {**interface, "interfaces_gone": 0}}
@@ -267,6 +274,44 @@ def test_ends_that_disagree_are_unknown(tmp_path, difference, words):
     finding = byte_count.check(with_interface(run, dest_received=sent + difference))
     assert finding.verdict is Verdict.UNKNOWN
     assert words in finding.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("streams", "words"),
+    [
+        ({"rx_bytes": 10}, "bytes of TCP streams left to the destination and 10 arrived"),
+        ({"tx_bytes": 90_000}, "90000 bytes of TCP streams left from the destination"),
+    ],
+)
+def test_streams_that_disagree_are_unknown(tmp_path, streams, words):
+    finding = byte_count.check(with_interface(SyntheticRun(tmp_path), streams=streams))
+    assert finding.verdict is Verdict.UNKNOWN
+    assert any(words in reason for reason in finding.reasons), finding.reasons
+
+
+def relayed(run):
+    """Two engines: the hosts' networks are joined by something that ends TCP."""
+    for subnet in ("198.18.1.0/24", "198.18.2.0/24"):
+        tell(run, 10, "testbed", "network_made", network="n", subnet=subnet, internal=False)
+
+
+def test_what_a_relay_sent_again_is_no_byte_from_elsewhere(tmp_path):
+    run = SyntheticRun(tmp_path)
+    sent = load(run.run_dir.path).ended.fields["bytes"]["tcp"]["tx_bytes"] + 50 * FRAMING
+    relayed(run)
+    assert byte_count.check(with_interface(run, dest_received=sent + 200_000)).verdict is Verdict.VALID
+
+
+@pytest.mark.parametrize(
+    ("streams", "words"),
+    [({"rx_bytes": 10}, "are missing"), (False, "no counts of its TCP streams: the two ends cannot")],
+)
+def test_behind_a_relay_the_streams_are_compared(tmp_path, streams, words):
+    run = SyntheticRun(tmp_path)
+    relayed(run)
+    finding = byte_count.check(with_interface(run, streams=streams))
+    assert finding.verdict is Verdict.UNKNOWN
+    assert any(words in reason for reason in finding.reasons), finding.reasons
 
 
 def test_packets_larger_than_the_mtu_without_offload_are_unknown(tmp_path):

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from host.netlink_news import NetlinkNews
-from host.wire import OtherTraffic, TcpMeter
+from host.wire import OtherTraffic, ServedTraffic, TcpMeter
 from tests.live.runs import waited_for
 
 
@@ -121,6 +121,34 @@ def test_other_traffic_is_what_leaves_by_the_network_and_not_to_the_peer(server)
         second = exchange(elsewhere, 500, 5)
         assert others.sample().tx_bytes == 0, "loopback never reaches an interface that counts"
         close(second)
+    close(connection)
+
+
+def test_a_server_counts_all_connections_of_a_peer_to_the_port_that_it_reached(server):
+    first = exchange(server, 1000, 10)
+    meter = ServedTraffic("{}:{}".format(*first[0].getsockname()))
+    assert meter.sample().rx_bytes == 0, "what it carried before"
+    exchange(server, 3000, 30, first)
+    second = exchange(server, 500, 5)
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        third = exchange(elsewhere, 70_000, 70)
+        count = meter.sample()
+        close(third)
+    assert (count.rx_bytes, count.tx_bytes, count.connections) == (3500, 35, 2)
+    for connection in (first, second):
+        close(connection)
+    count = meter.sample()
+    assert (count.tx_bytes, count.connections, count.unheard) == (35, 0, 0)
+    assert 3500 <= count.rx_bytes <= 3502, "the kernel counts a FIN as a byte"
+
+
+def test_a_server_whose_peer_is_gone_already_counts_nothing(server):
+    connection = exchange(server, 1000, 10)
+    peer = "{}:{}".format(*connection[0].getsockname())
+    close(connection)
+    meter = ServedTraffic(peer)
+    connection = exchange(server, 1000, 10)
+    assert meter.sample().rx_bytes == 0
     close(connection)
 
 

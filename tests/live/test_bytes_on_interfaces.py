@@ -34,6 +34,9 @@ def test_every_byte_at_the_interface_has_its_layer(tmp_path, monkeypatch, offloa
     )
     # Both ends, per round and in total, and the witness outside.
     assert abs(account.dest_received_bytes - account.wire_forward_bytes) < 0.01 * account.wire_forward_bytes
+    others = layers(account).get("other connections of the host", 0)
+    carried = account.wire_forward_bytes - headers - others - account.retransmitted_bytes
+    assert abs(account.dest_stream_bytes - carried) < 0.005 * carried
     record = load(run.run_dir.path)
     sent = {
         event.fields["round"]: event.fields["wire_bytes"] for event in record.all("round_ended", "source")
