@@ -28,7 +28,7 @@ class RecordState:
 
 @dataclass(frozen=True, slots=True)
 class OpenDestination:
-    """Ask the destination for zeroed memory and open the page stream -> DestinationOpened."""
+    """Ask for zeroed memory and open the page stream -> DestinationOpened, LinkLost or PeerLost."""
 
     key: AttemptKey
 

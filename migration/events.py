@@ -227,7 +227,7 @@ class TimerFired:
 
 @dataclass(frozen=True, slots=True)
 class LinkLost:
-    """The connection broke, or the destination cannot be reached: it may come back."""
+    """The connection broke, or cannot be had again: it may come back."""
 
     reason: str
 
@@ -252,7 +252,7 @@ class StreamsResumed:
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """The destination refused or broke the protocol: asking again would change nothing."""
+    """The destination was never there, refused, or broke the protocol: asking again would change nothing."""
 
     reason: str
 

@@ -2,7 +2,8 @@
 
 Rule 1: every call has a deadline. Open, Prepare and Commit answer through a callback, so that the migration
         thread stays free to be cancelled while the destination works.
-Rule 2: a lost connection is LinkLost: it may come back; a refusal is PeerLost. Only replies are answers.
+Rule 2: a lost connection is LinkLost: it may come back; a refusal is PeerLost, and so is an address to which the
+        attempt never had a connection: what was not there is not lost. Only replies are answers.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ REASON_CHARACTERS_MAX = 300  # a peer's reason becomes ours: one line that a per
 
 # The connection's end, or a silence, as apart from an answer: the link may come back.
 LINK_CODES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
+# How gRPC words that it could not connect; its code is the one of a connection that broke. Worded otherwise some
+# day, such a failure is a lost link again, and waited for.
+NOT_CONNECTED = ("failed to connect to all addresses", "errors resolving")
 
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -99,9 +103,10 @@ class Destination:
             streams=streams,
             link_timeout_ms=link_timeout_ms,
         )
+        first = not self._open_unanswered
         self._opening = request
         self._open_unanswered = True
-        self._call(self._stub.Open, request, OPEN_TIMEOUT_S, self._opened)
+        self._call(self._stub.Open, request, OPEN_TIMEOUT_S, self._opened, first=first)
 
     def resume(self) -> None:
         """Ask for the attempt that was opened before -> DestinationResumed, LinkLost or PeerLost."""
@@ -182,7 +187,7 @@ class Destination:
         self.resume_ns = reply.resume_ns
         return CommitAnswered(_answer(reply.decision), _words(reply.reason))
 
-    def _call(self, method, request, timeout_s, event_of) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def _call(self, method, request, timeout_s, event_of, *, first=False) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
         self.control_bytes += request.ByteSize() + 5
 
         def done(future: Any) -> None:
@@ -190,7 +195,8 @@ class Destination:
                 event: SourceEvent = event_of(future.result())  # ends: it is done
             except grpc.RpcError as error:
                 name = type(request).__name__.removesuffix("Request")
-                lost = LinkLost if future.code() in LINK_CODES else PeerLost
+                never_up = first and (error.details() or "").startswith(NOT_CONNECTED)
+                lost = LinkLost if future.code() in LINK_CODES and not never_up else PeerLost
                 event = lost(f"{name} to {self.address}: {one_line(error)}")
             if event_of == self._opened and not isinstance(event, LinkLost):
                 self._open_unanswered = False

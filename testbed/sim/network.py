@@ -30,9 +30,10 @@ KEEPALIVE_NS = 150 * MS  # one that went silent, within this: shorter than the r
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """No answer: the connection broke, nobody listens, or the deadline is over."""
+    """No answer: the connection broke, nobody listens, or the deadline is over. `came`: the question came there."""
 
     reason: str
+    came: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class Network:
         """
         call = _Call(self, caller, between, answered)
         self.calls.append(call)
-        self.world.after(timeout_ns, lambda: call.end(Lost("deadline exceeded")), caller)
+        self.world.after(timeout_ns, lambda: call.end(Lost("deadline exceeded", call.came)), caller)
         copies = 2 if self.happens("duplicate") else 1
         for copy in range(copies):
             if self.happens("lose"):
@@ -118,8 +119,10 @@ class Network:
             return
         process = server()
         if process is None or not process.alive:
-            self.world.after(self.latency_ns(), lambda: call.end(Lost("connection refused")), call.caller)
+            refused = Lost("connection refused", call.came)
+            self.world.after(self.latency_ns(), lambda: call.end(refused), call.caller)
             return
+        call.came = True
 
         def handle() -> None:
             answer = serve(process)
@@ -205,6 +208,7 @@ class _Call:
     ) -> None:
         self.caller = caller
         self.between = between
+        self.came = False  # to a process that serves
         self._network = network
         self._answered: Callable[[Any], None] | None = answered
 

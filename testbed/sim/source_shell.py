@@ -174,12 +174,17 @@ class SourceShell:
         self.run.post(told.StateRecorded(state))
 
     def _call(
-        self, serve: Callable[[Any], Any], answered: Callable[[Any], told.SourceEvent], limit_ns: int
+        self,
+        serve: Callable[[Any], Any],
+        answered: Callable[[Any], told.SourceEvent],
+        limit_ns: int,
+        *,
+        first: bool = False,
     ) -> None:
         def done(answer: Any) -> None:
             match answer:
-                case Lost(reason):
-                    self.run.post(told.LinkLost(reason))
+                case Lost(reason, came):
+                    self.run.post(told.PeerLost(reason) if first and not came else told.LinkLost(reason))
                 case Refusal(reason):
                     self.run.post(told.PeerLost(reason))
                 case _:
@@ -207,7 +212,8 @@ class SourceShell:
             self._incarnation = incarnation
             return told.DestinationResumed(stored_below) if resume else told.DestinationOpened(incarnation)
 
-        self._call(lambda intake: intake.open(order, pages, resume=resume), opened, OPEN_NS)
+        first = not self._calls
+        self._call(lambda intake: intake.open(order, pages, resume=resume), opened, OPEN_NS, first=first)
 
     def _start_tracking(self) -> None:
         node = self.node

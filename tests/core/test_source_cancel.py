@@ -3,7 +3,6 @@
 import threading
 from types import SimpleNamespace
 
-import grpc
 import pytest
 
 from host.agent_link import Hello
@@ -12,7 +11,6 @@ from migration import events as told
 from migration.identity import AttemptKey
 from migration.rounds import Limits
 from source_node import migration_run, shell
-from source_node.destination import Destination
 from source_node.migration_run import MigrationRun
 from source_node.order import Order
 
@@ -112,59 +110,3 @@ def test_a_thread_that_is_busy_holds_nobody_for_long_and_the_wish_is_not_lost(ru
     free.set()
     run.join(WAIT_S)
     assert run._shell.outcome.outcome == "cancelled"
-
-
-class Call:
-    """An Open on its way: `end` is how it is answered."""
-
-    def __init__(self):
-        self._done = None
-
-    def future(self, *_, **__):
-        return self
-
-    def add_done_callback(self, done):
-        self._done = done
-
-    def end(self, error=None, reply=None):
-        self.error, self.reply = error, reply
-        self._done(self)
-
-    def code(self):
-        return self.error.code()
-
-    def result(self):
-        if self.error is not None:
-            raise self.error
-        return self.reply
-
-
-class Refusal(grpc.RpcError):
-    def __init__(self, code):
-        self._code = code
-
-    def code(self):
-        return self._code
-
-    def details(self):
-        return "no"
-
-
-@pytest.mark.parametrize(
-    ("ending", "must_be_told_again"),
-    [
-        (None, True),
-        ({"error": Refusal(grpc.StatusCode.UNAVAILABLE)}, True),
-        ({"error": Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED)}, False),
-        ({"reply": SimpleNamespace(incarnation="one")}, False),
-    ],
-    ids=["unanswered", "lost", "refused", "opened"],
-)
-def test_an_abort_that_may_have_overtaken_its_open_is_told_again(ending, must_be_told_again):
-    peer, call = Destination("127.0.0.1:1", KEY, lambda _: None), Call()
-    peer._stub = SimpleNamespace(Open=call, Abort=lambda *_, **__: None)
-    peer.open(4096, "full", 1, 0)
-    if ending is not None:
-        call.end(**ending)
-    assert bool(peer.abort("cancelled")) is must_be_told_again
-    peer.close()

@@ -5,6 +5,7 @@ One guest for all of them: whatever its hosts hear, it runs on, gets its pages b
 
 import json
 import os
+import socket
 import threading
 
 import grpc
@@ -83,6 +84,19 @@ def test_an_address_beyond_loopback_is_refused_in_plain_text(giver, address):
     with pytest.raises(RunBrokenError, match="plain text is for loopback only"):
         giver.begin(dest_address=address)
     giver.guest_is_back()
+
+
+def test_an_address_where_nobody_listens_is_given_up_at_once(giver):
+    """However long a lost link may take to come back: there was none."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    since_ns = giver.begin(dest_address=address, link_timeout_ms=600_000)
+    ended = giver.wait("migration_ended", "source", since_ns=since_ns)
+    assert_failed_in_one_line(giver, ended)
+    assert ended.fields["cause"] == "destination"
+    assert ended.fields["reason"].startswith(f"Open to {address}: ")
+    assert "refused" in ended.fields["reason"]
+    assert ended.fields["recoveries"]["count"] == 0
 
 
 def test_a_tcp_server_that_says_nothing_is_given_up_at_the_timeout(giver):

@@ -118,7 +118,7 @@ def test_tls_is_1_3_and_nothing_older(guarded):
 
 
 def test_a_source_sends_to_the_name_that_it_was_told_and_to_nobody_else(guarded):
-    ended = guarded.migrate(dest_server_name="c.5eed.ballast")
+    ended = guarded.migrate(dest_server_name="c.5eed.ballast", link_timeout_ms=600_000)
     assert ended.fields["outcome"] == "failed"
     assert is_one_line(ended.fields["reason"])
     guarded.guest_is_back()
