@@ -145,10 +145,10 @@ def nothing_is_left_of(run_dir, others=None):
     assert others is None or not memory_held() - others
 
 
-def waited_for(is_so, what):
+def waited_for(is_so, what, within_s=WAIT_S):
     """For states that nobody announces."""
     moment = threading.Event()
-    for _ in range(int(WAIT_S / 0.01)):
+    for _ in range(int(within_s / 0.01)):
         if is_so():
             return
         moment.wait(0.01)
