@@ -153,7 +153,7 @@ def bitmaps(memory: int) -> dict[str, dict[str, float]]:
 
 
 def measured_bitmaps(repeat: int) -> dict[int, dict[str, Series]]:
-    """Every size that fits this machine's memory: a round holds four sets of one bit a page."""
+    """A round of each kind at every size."""
     found: dict[int, dict[str, Series]] = {}
     for memory in BITMAP_SIZES:
         # A hypervisor that took free memory back gives it again at the first touch, slowly: that is not measured.
