@@ -34,7 +34,10 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_finish():
-    """What was imported stays: tests that look for what is left behind need not walk through it each time."""
+    """What was imported stays: tests that look for what is left behind need not walk through it each time.
+
+    What a test makes is younger, and is collected and found as ever.
+    """
     gc.collect()
     gc.freeze()
 

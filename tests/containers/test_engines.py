@@ -100,7 +100,7 @@ def far(engine, contexts):
 def second_engine(engine, image, contexts):
     """A context of an engine of its own, which lives as long as the test and has this one's images."""
     if os.geteuid() != 0 or shutil.which("dockerd") is None:
-        pytest.skip("a second engine is root's to start, and dockerd has to be here")
+        pytest.skip("needs an engine of its own: be root, and apt-get install docker.io")
     # Its paths are short: the engine's own sockets are below them.
     with tempfile.TemporaryDirectory(prefix="ballast-", dir="/var/tmp") as folder:
         contexts("second", f"unix://{folder}/engine.sock")
@@ -206,7 +206,7 @@ def test_an_engine_that_is_away_is_3_and_says_how_to_get_one(tmp_path, monkeypat
 
 def test_an_engine_without_permission_is_3_and_says_whom_to_join(engine, monkeypatch):
     if os.geteuid() != 0:
-        pytest.skip("only root can become somebody who may not")
+        pytest.skip("be root: nobody else can become somebody who may not")
     monkeypatch.setenv("DOCKER_HOST", engine.address)
     os.seteuid(NOBODY)
     try:

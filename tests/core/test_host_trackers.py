@@ -69,7 +69,7 @@ def guest():
     made = TrackedGuest()
     if made.reason:
         made.close()
-        pytest.skip(f"no write tracking on this machine: {made.reason}")
+        pytest.skip(f"no write tracking on this machine: {made.reason}; `ballast doctor` says what to do")
     yield made
     made.close()
 

@@ -23,7 +23,7 @@ PORT = 47_001
 def why_not():
     """Why namespaces cannot be made here, or ""."""
     if os.geteuid():
-        return "needs root, for network namespaces of its own"
+        return "be root, for network namespaces of its own"
     missing = [tool for tool in ("unshare", "nsenter", "ip", "ethtool") if shutil.which(tool) is None]
     return f"needs {', '.join(missing)}: apt-get install iproute2 util-linux ethtool" if missing else ""
 

@@ -21,9 +21,9 @@ TOOLS = ("unshare", "ip", "tc", "nft")
 def why_not() -> str:
     """Why namespaces cannot be made here, or ""."""
     if os.geteuid():
-        return "needs root, for network namespaces of its own"
+        return "be root, for network namespaces of its own"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    return f"needs {', '.join(missing)}: apt-get install iproute2 nftables" if missing else ""
+    return f"needs {', '.join(missing)}: apt-get install iproute2 nftables util-linux" if missing else ""
 
 
 needs_namespaces = pytest.mark.skipif(bool(why_not()), reason=why_not())

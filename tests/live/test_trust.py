@@ -189,7 +189,7 @@ def test_plain_text_beyond_loopback_is_refused_unless_asked_for_and_then_said(tm
     assert json.loads(told.fields_json)["loopback"] is False
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can play another user")
+@pytest.mark.skipif(os.geteuid() != 0, reason="be root: nobody else can play another user")
 def test_another_users_process_is_turned_away_at_the_devices_socket(tmp_path):
     """Even if somebody opened the directory and the socket to all."""
     with node(tmp_path, "--control", f"unix:{tmp_path}/c.sock"):
