@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator
 
+from testbed.host_handles import SHORT_NAMES
 from testbed.scenario.migration_keys import Migration, limit_conflicts
 from testbed.units import parse_duration_ms
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from testbed.history import Origin
 
 HostName = Literal["a", "b", "c"]
-ORIGINS: Final[dict[str, Origin]] = {"a": "source", "b": "dest", "c": "third"}
+ORIGINS: Final[dict[str, Origin]] = {name: origin for origin, name in SHORT_NAMES.items()}
 FIRST_HOST: Final = "a"
 LEGS_MAX: Final = 16  # each is a whole migration, with its own proof
 

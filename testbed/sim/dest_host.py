@@ -2,8 +2,7 @@
 
 Rule 1: one call at a time moves the machine; the order of effects is the real intake's.
 Rule 2: pages are stored by the real receiver; streams that were joined are cut, and what of them still arrives
-        is not
-        stored (unless that very bug is planted).
+        is not stored (unless that very bug is planted).
 """
 
 from __future__ import annotations

@@ -2,12 +2,10 @@
 
 Rule 1: never two owners: at most one agent runs the guest, at every moment.
 Rule 2: after the faults healed there is exactly one, within a bound; none only where the process that held the
-        guest
-        was killed.
+        guest was killed.
 Rule 3: every write the guest made is in its owner's memory, and the guest is the newest there was.
 Rule 4: when the guest starts at the destination, its memory there is what it left behind; a page that never
-        crossed is
-        free, or zero.
+        crossed is free, or zero.
 Rule 5: what the balloon holds is not sent. The next host takes no page for ballooned that is the guest's, knows
         those that never crossed, and all of them are zero there. At the end the balloon can be emptied.
 Rule 6: books balance, the guest has its hinted pages back, and nothing grows without a bound.

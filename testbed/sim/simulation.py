@@ -1,8 +1,7 @@
 """One seed: two hosts, a guest, an operator who wants it moved, and a schedule of faults; judged at every step.
 
 Rule 1: the operator asks, asks again after a failure, and at last, when every fault is healed, once more without
-        any
-        limit: that attempt must succeed wherever there is a guest.
+        any limit: that attempt must succeed wherever there is a guest.
 Rule 2: a killed process is started again by its supervisor; a hung one goes on by itself.
 Rule 3: everything follows from the seed and the schedule; a violation ends the world.
 """
