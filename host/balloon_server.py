@@ -188,7 +188,7 @@ class BalloonServer:
         Raises:
             DeviceNotReady: a front-end is connected.
             virtio.errors.RemoteVirtioError: the state cannot be, or wants a feature that is not offered.
-            migration.errors.RemoteVirtioError: the ballooned pages are not those of such a guest.
+            migration.errors.RemoteProtocolError: the ballooned pages are not those of such a guest.
         """
         ballooned = unpack(state.ballooned, pages) if pages else None
         self._loop.call(lambda: self._adopt(state, ballooned))
