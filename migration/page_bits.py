@@ -28,7 +28,6 @@ PORTION_WORDS = 1 << 14  # 128 KiB: several of them stay in a core's own cache
 ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _BITS = np.arange(WORD_BITS, dtype=np.uint64)
 _ONE, _LAST = np.uint64(1), np.uint64(63)
-_COUNTED_WORDS = 1 << 26  # as many words have bits that 32 bits can count, which is done in half the time
 
 
 class PageBits:
@@ -180,8 +179,8 @@ class PageBits:
 
 
 def popcount(words: U64Array) -> int:
-    """Bits that are set."""
-    return int(np.bitwise_count(words).sum(dtype=np.uint32 if words.size < _COUNTED_WORDS else np.int64))
+    """Bits that are set, in a portion at most: 32 bits count them, in half the time of 64."""
+    return int(np.bitwise_count(words).sum(dtype=np.uint32))
 
 
 def pages_in(words: U64Array, word_first: int) -> U64Array:

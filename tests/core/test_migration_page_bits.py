@@ -46,6 +46,7 @@ def test_runs_become_members_and_members_runs(given_runs, portion_words) -> None
         assert (PageBits.of(bits.mask()).words == bits.words).all()
         windows = [window for window, _ in covers(*arrays(runs), pages)]
         assert all(one.stop <= other.start for one, other in itertools.pairwise(windows))
+        assert all(one.stop - one.start <= portion_words for one in windows)
     finally:
         page_bits.PORTION_WORDS = before
 
@@ -81,8 +82,18 @@ def test_full_is_every_page_and_no_bit_more() -> None:
     assert not PageBits(0).any()
 
 
-def test_more_bits_than_32_bits_can_count_are_counted() -> None:
-    assert page_bits.popcount(np.broadcast_to(page_bits.ALL, 1 << 26)) == 1 << 32
+def test_what_is_counted_at_once_are_not_more_bits_than_32_bits_can_count(monkeypatch) -> None:
+    """Neither by the set's own count nor in a window of runs, however large the guest: popcount relies on it."""
+    pages = 5 * page_bits.PORTION_WORDS * page_bits.WORD_BITS + 70
+    counted = []
+    monkeypatch.setattr(page_bits, "popcount", lambda words: counted.append(words.size) or 0)
+    assert PageBits(pages, np.zeros(pages // 64 + 1, np.uint64)).count == 0
+    windows = [
+        window for runs in ([(0, pages)], [(3, pages - 9)]) for window, _ in covers(*arrays(runs), pages)
+    ]
+    sizes = counted + [window.stop - window.start for window in windows]
+    assert max(sizes) == page_bits.PORTION_WORDS
+    assert page_bits.PORTION_WORDS * page_bits.WORD_BITS < 1 << 32
 
 
 def test_numpy_looks_at_it_as_a_mask() -> None:
