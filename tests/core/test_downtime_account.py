@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from migration.handover import NO_TIME, OWN_PARTS, PEER_PARTS, expected
 from source_node.accounting import PARTS, Stopwatch
 
 MS = 1_000_000
@@ -63,3 +64,10 @@ def test_an_attempt_taken_up_after_a_restart_has_no_downtime_of_its_own():
     times = watch.times()
     assert times["downtime_ms"] == 0
     assert not any(times["downtime_parts_ms"].values())
+
+
+def test_what_is_expected_has_the_names_of_what_was():
+    """So that both stand beside each other, and what was measured is taken over. Hashing is no downtime."""
+    assert [*NO_TIME.parts(0.0, 1.0)] == [name for name in PARTS if name != "verify"]
+    measured = dict.fromkeys(OWN_PARTS + PEER_PARTS, 7.0)
+    assert expected(measured, 0.0).parts(7.0, 1.0) == dict.fromkeys(NO_TIME.parts(0.0, 1.0), 7.0)
