@@ -2,6 +2,9 @@
 
 The kernel tells the user of whoever called connect(2), or listen(2) at the other side. A socket file that is
 0600 in a directory 0700 keeps others from connecting; this keeps us from believing a socket that others put there.
+
+The node and the agent each have this rule: neither may import the other, and the one package that both may, virtio,
+opens no sockets. tests/core/test_trust.py asks the same of both.
 """
 
 from __future__ import annotations
