@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, assert_never
 
 import structlog
 
+from dest_node.alarm import Alarm
 from dest_node.outcomes import IntakeRefused, Outcomes
 from dest_node.page_receiver import PageReceiver
 from dest_node.reached import reach_after, reach_before
@@ -74,9 +75,8 @@ class Intake:
         self._prepare: migration_pb2.PrepareRequest | None = None
         self._restored = False
         self._resolution = ""
-        self._silence = threading.Timer(0.0, lambda: None)
+        self._silence = Alarm(self._lock, self._silent)
         self._silence_s = SILENCE_S
-        self._silence_mark: object = None
         self._reply = do.Reply(told.Answer.UNKNOWN)
         self._read_back = ReadBack(host.artefacts_dir)
         self._unrecorded = ""  # why the journal did not take what the event at hand asked for
@@ -165,26 +165,20 @@ class Intake:
 
     def _expect_life(self) -> None:
         """Give the attempt up if nobody sends and nobody prepares for a while."""
-        self._silence.cancel()
-        mark = object()  # a timer that was replaced while it waited for the lock says nothing any more
-        self._silence_mark = mark
-        self._silence = threading.Timer(self._silence_s, self._silent, (mark,))
-        self._silence.daemon = True
-        self._silence.start()
+        self._silence.set(self._silence_s)
 
-    def _silent(self, mark: object) -> None:
-        with self._lock:
-            if mark is not self._silence_mark or self._receiver is None:
+    def _silent(self) -> None:
+        if self._receiver is None:
+            return
+        receiving = self._machine.phase is DestPhase.RECEIVING
+        if receiving and self._receiver.streaming:
+            limit_s = max(STREAM_SILENCE_S_MAX, self._silence_s)
+            if now_ns() - self._receiver.heard_ns < limit_s * 1e9:
+                self._expect_life()
                 return
-            receiving = self._machine.phase is DestPhase.RECEIVING
-            if receiving and self._receiver.streaming:
-                limit_s = max(STREAM_SILENCE_S_MAX, self._silence_s)
-                if now_ns() - self._receiver.heard_ns < limit_s * 1e9:
-                    self._expect_life()
-                    return
-                self._drive(told.IntakeFailed(f"the source's streams were open and silent for {limit_s:g} s"))
-            elif receiving or self._machine.phase is DestPhase.LINK_LOST:
-                self._drive(told.IntakeFailed(f"the source was silent for {self._silence_s:g} s"))
+            self._drive(told.IntakeFailed(f"the source's streams were open and silent for {limit_s:g} s"))
+        elif receiving or self._machine.phase is DestPhase.LINK_LOST:
+            self._drive(told.IntakeFailed(f"the source was silent for {self._silence_s:g} s"))
 
     def prepare(self, key: AttemptKey, request: migration_pb2.PrepareRequest) -> do.Reply:
         """Verify, restore, record PREPARED."""
