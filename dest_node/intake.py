@@ -30,7 +30,8 @@ from host.resources import cpu_seconds
 from migration import commands as do
 from migration import events as told
 from migration.codec import image_digest
-from migration.dest_machine import RESUMABLE_PHASES, DestMachine, DestPhase
+from migration.dest_machine import DestMachine
+from migration.dest_phases import RESUMABLE_PHASES, DestPhase
 from migration.errors import RemoteProtocolError
 
 if TYPE_CHECKING:

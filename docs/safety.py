@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from migration import dest_machine, source_phases  # noqa: E402 - found beside this folder
+from migration import dest_phases, source_phases  # noqa: E402 - found beside this folder
 from testbed.crashes.table import as_markdown  # noqa: E402
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -55,7 +55,7 @@ def source_diagram() -> list[str]:
 
 def dest_diagram() -> list[str]:
     """The whole machine."""
-    edges = edges_of(dest_machine.TRANSITIONS)
+    edges = edges_of(dest_phases.TRANSITIONS)
     drawn = [arrow(one.name, other.name, events) for (one, other), events in edges.items()]
     return ["```mermaid", "stateDiagram-v2", "    [*] --> IDLE", *drawn, "```"]
 

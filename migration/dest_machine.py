@@ -17,12 +17,13 @@ Rule 8: a host that gave away what it took in can take in again. The guest comes
 Rule 9: what the journal did not take has not happened: nothing that needs it is answered, and the next call that
         needs it has it written again. COMMITTED may be in it all the same: from the first try on nothing but
         COMMITTED can follow. An attempt that cannot be recorded as PREPARED is given up.
+
+The phases and the table of transitions are in dest_phases.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum, auto
 
 from migration.commands import (
     ConfirmGuest,
@@ -39,6 +40,7 @@ from migration.commands import (
     RunGuest,
     VerifyImage,
 )
+from migration.dest_phases import RESUMABLE_PHASES, TRANSITIONS, DestPhase
 from migration.errors import LocalProtocolError, RemoteProtocolError
 from migration.events import (
     AbortRequested,
@@ -46,13 +48,10 @@ from migration.events import (
     CommitRequested,
     DestEvent,
     ForgetRequested,
-    GuestConfirmed,
     GuestGivenAway,
-    GuestRestored,
     GuestStarted,
     GuestStartFailed,
     ImageRefused,
-    ImageVerified,
     IntakeFailed,
     OpenRequested,
     PrepareRequested,
@@ -60,107 +59,10 @@ from migration.events import (
     StateNotRecorded,
     StateRecorded,
     StreamBroken,
-    StreamsJoined,
 )
 from migration.identity import AttemptKey
 
-
-class DestPhase(Enum):
-    """Where the attempt at hand stands here."""
-
-    IDLE = auto()
-    OPENING = auto()
-    RECEIVING = auto()
-    LINK_LOST = auto()  # the connection may come back
-    JOINING = auto()  # it did; the streams of the lost one are being joined
-    VERIFYING = auto()
-    RESTORING = auto()
-    RECORDING_PREPARED = auto()
-    PREPARED = auto()
-    CONFIRMING = auto()
-    RECORDING_COMMITTED = auto()
-    STARTING = auto()
-    COMMITTED = auto()
-    ABORTING = auto()
-    ABORTED = auto()
-
-
 P = DestPhase
-
-TRANSITIONS: dict[DestPhase, dict[type[DestEvent], frozenset[DestPhase]]] = {
-    P.IDLE: {OpenRequested: frozenset({P.OPENING})},
-    P.OPENING: {StateRecorded: frozenset({P.RECEIVING}), StateNotRecorded: frozenset({P.IDLE})},
-    P.RECEIVING: {
-        OpenRequested: frozenset({P.RECEIVING, P.JOINING, P.ABORTING}),
-        StreamBroken: frozenset({P.LINK_LOST, P.ABORTING}),
-        IntakeFailed: frozenset({P.ABORTING}),
-        PrepareRequested: frozenset({P.VERIFYING}),
-    },
-    P.LINK_LOST: {
-        OpenRequested: frozenset({P.JOINING, P.ABORTING}),
-        StreamBroken: frozenset({P.LINK_LOST}),
-        IntakeFailed: frozenset({P.ABORTING}),
-        PrepareRequested: frozenset({P.VERIFYING}),
-    },
-    P.JOINING: {StreamsJoined: frozenset({P.RECEIVING}), IntakeFailed: frozenset({P.ABORTING})},
-    P.VERIFYING: {ImageVerified: frozenset({P.RESTORING, P.ABORTING}), ImageRefused: frozenset({P.ABORTING})},
-    P.RESTORING: {GuestRestored: frozenset({P.RECORDING_PREPARED}), ImageRefused: frozenset({P.ABORTING})},
-    P.RECORDING_PREPARED: {
-        StateRecorded: frozenset({P.PREPARED}),
-        StateNotRecorded: frozenset({P.ABORTING}),
-    },
-    P.PREPARED: {
-        OpenRequested: frozenset({P.ABORTING}),
-        StreamBroken: frozenset({P.PREPARED}),
-        PrepareRequested: frozenset({P.PREPARED}),
-        CommitRequested: frozenset({P.CONFIRMING}),
-    },
-    P.CONFIRMING: {GuestConfirmed: frozenset({P.RECORDING_COMMITTED}), ImageRefused: frozenset({P.ABORTING})},
-    P.RECORDING_COMMITTED: {
-        StateRecorded: frozenset({P.STARTING}),
-        StateNotRecorded: frozenset({P.RECORDING_COMMITTED}),
-        CommitRequested: frozenset({P.RECORDING_COMMITTED}),
-        StreamBroken: frozenset({P.RECORDING_COMMITTED}),
-    },
-    P.STARTING: {
-        GuestStarted: frozenset({P.COMMITTED}),
-        GuestStartFailed: frozenset({P.STARTING, P.COMMITTED}),
-        CommitRequested: frozenset({P.STARTING}),
-        AbortRequested: frozenset({P.STARTING}),
-        StreamBroken: frozenset({P.STARTING}),
-    },
-    P.COMMITTED: {
-        StreamBroken: frozenset({P.COMMITTED}),
-        CommitRequested: frozenset({P.COMMITTED}),
-        PrepareRequested: frozenset({P.COMMITTED}),
-    },
-    P.ABORTING: {
-        StateRecorded: frozenset({P.ABORTED, P.OPENING}),
-        StateNotRecorded: frozenset({P.ABORTING}),
-        OpenRequested: frozenset({P.ABORTING}),
-        PrepareRequested: frozenset({P.ABORTING}),
-        CommitRequested: frozenset({P.ABORTING}),
-        AbortRequested: frozenset({P.ABORTING}),
-    },
-    P.ABORTED: {
-        OpenRequested: frozenset({P.OPENING}),
-        PrepareRequested: frozenset({P.ABORTED}),
-        CommitRequested: frozenset({P.ABORTED}),
-    },
-}
-for _phase in (P.RECEIVING, P.LINK_LOST, P.PREPARED):
-    TRANSITIONS[_phase][AbortRequested] = frozenset({P.ABORTING})
-for _phase in (P.COMMITTED, P.ABORTED):
-    TRANSITIONS[_phase][AbortRequested] = frozenset({_phase})
-TRANSITIONS[P.COMMITTED][ForgetRequested] = frozenset({P.COMMITTED})
-TRANSITIONS[P.ABORTED][ForgetRequested] = frozenset({P.IDLE})
-
-
-# Where an attempt can be gone on with after its connection was lost. Later its pages are complete, and the calls
-# that follow can simply be made again.
-RESUMABLE_PHASES = frozenset({P.RECEIVING, P.LINK_LOST})
-
-TRANSITIONS[P.IDLE][GuestGivenAway] = TRANSITIONS[P.COMMITTED][GuestGivenAway] = frozenset({P.IDLE})
 
 AboutKnownAttempt = PrepareRequested | CommitRequested | AbortRequested | ForgetRequested
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from migration import dest_machine, source_phases
+from migration import dest_phases, source_phases
 from testbed.sim.options import KINDS
 from testbed.sim.points import POINTS
 
@@ -32,7 +32,7 @@ def universe() -> dict[str, list[str]]:
     """Everything that worlds should reach, by group."""
     return {
         "source_transitions": _transitions(source_phases.TRANSITIONS),
-        "dest_transitions": _transitions(dest_machine.TRANSITIONS),
+        "dest_transitions": _transitions(dest_phases.TRANSITIONS),
         "points": list(POINTS),
         "faults": [*KINDS, *MESSAGES, "second process refused"],
         "balloon": list(BALLOON),

@@ -19,7 +19,8 @@ from host.ballooned import give_back
 from migration import commands as do
 from migration import events as told
 from migration.codec import UNPACKED, decode_chunk, image_digest
-from migration.dest_machine import RESUMABLE_PHASES, DestMachine, DestPhase
+from migration.dest_machine import DestMachine
+from migration.dest_phases import RESUMABLE_PHASES, DestPhase
 from migration.errors import ProtocolError, RemoteProtocolError
 from migration.packing import unpack
 from migration.pages import PAGE_BYTES, pfns_of

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from migration.dest_machine import DestPhase
+from migration.dest_phases import DestPhase
 from testbed.sim.guest import State
 from testbed.sim.plants import Plant
 from testbed.sim.world import MS

@@ -8,7 +8,7 @@ from dest_node.arrivals import Arrivals
 from dest_node.intake import StreamEnd
 from dest_node.page_receiver import StreamOver
 from dest_node.servicer import MigrationServicer
-from migration.dest_machine import DestPhase
+from migration.dest_phases import DestPhase
 from tests.core.intake_bed import KEY, Bed, chunk
 
 PATIENCE_S = 10.0

@@ -7,7 +7,7 @@ import pytest
 from dest_node.intake import NOTICE_S, SILENCE_S
 from dest_node.outcomes import IntakeRefused
 from host.errors import AgentLost
-from migration.dest_machine import DestPhase
+from migration.dest_phases import DestPhase
 from migration.errors import RemoteProtocolError
 from migration.events import Answer
 from migration.identity import AttemptKey

@@ -10,7 +10,8 @@ from host.guest_memory import HostRam
 from migration import commands as do
 from migration import events as told
 from migration.codec import ChunkHeader, encode_chunk, page_hashes
-from migration.dest_machine import RESUMABLE_PHASES, DestMachine, DestPhase
+from migration.dest_machine import DestMachine
+from migration.dest_phases import RESUMABLE_PHASES, DestPhase
 from migration.errors import LocalProtocolError, RemoteProtocolError
 from migration.identity import AttemptKey
 from migration.pages import PAGE_BYTES

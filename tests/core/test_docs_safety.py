@@ -20,5 +20,5 @@ def test_the_generated_parts_are_up_to_date():
 
 def test_every_phase_is_drawn():
     safety, text = generator(), PAGE.read_text(encoding="utf-8")
-    for phases in (safety.source_phases.SourcePhase, safety.dest_machine.DestPhase):
+    for phases in (safety.source_phases.SourcePhase, safety.dest_phases.DestPhase):
         assert not {phase.name for phase in phases if f"    {phase.name} --> " not in text}

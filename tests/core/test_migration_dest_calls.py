@@ -6,7 +6,7 @@ import pytest
 
 from migration import commands as do
 from migration import events as told
-from migration.dest_machine import TRANSITIONS, DestPhase
+from migration.dest_phases import TRANSITIONS, DestPhase
 from migration.errors import RemoteProtocolError
 from migration.identity import AttemptKey
 from migration.source_phases import SourcePhase

@@ -5,7 +5,7 @@ import pytest
 
 from migration import commands as do
 from migration import events as told
-from migration.dest_machine import DestPhase
+from migration.dest_phases import DestPhase
 from migration.errors import LocalProtocolError
 from migration.identity import AttemptKey
 from migration.page_bits import PageBits
