@@ -1,14 +1,14 @@
 """vhost-user, both ends: the names other packages use.
 
-The messages are in `vhost_user_messages`, the device's end in `vhost_user_backend`, the guest's in
-`vhost_user_frontend`.
+The messages are in `vhost_user_messages`, the device's end in `vhost_user_backend`, what that has its caller do in
+`vhost_user_effects`, the guest's end in `vhost_user_frontend`.
 """
 
 from __future__ import annotations
 
-from virtio.vhost_user_backend import (
+from virtio.vhost_user_backend import BackendSession
+from virtio.vhost_user_effects import (
     BackendChannel,
-    BackendSession,
     CloseFds,
     ConfigWritten,
     Effect,

@@ -23,6 +23,7 @@ from virtio.vhost_user_messages import (
     FLAG_NEED_REPLY,
     FLAG_REPLY,
     FLAG_VERSION,
+    NO_FD,
     PROTOCOL_F_BACKEND_REQ,
     PROTOCOL_F_CONFIG,
     PROTOCOL_F_REPLY_ACK,
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from virtio.ring_layout import RingLayout
-
-_NO_FD = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +129,7 @@ class FrontendSession:
         failed: whether a violation ended the session.
     """
 
-    def __init__(self, negotiate: Callable[[int], int], backend_fd: int = _NO_FD) -> None:
+    def __init__(self, negotiate: Callable[[int], int], backend_fd: int = NO_FD) -> None:
         """`negotiate` picks from the offered device features.
 
         `backend_fd` is the back-end's end of its channel; without it no configuration change is announced.
@@ -276,7 +275,7 @@ class FrontendSession:
 
     def _protocol_offered(self, offered: int) -> None:
         chosen = offered & PROTOCOL_FEATURES
-        if self._backend_fd == _NO_FD:
+        if self._backend_fd == NO_FD:
             chosen &= ~(1 << PROTOCOL_F_BACKEND_REQ)
         if not chosen >> PROTOCOL_F_CONFIG & 1:
             raise VhostUserError("protocol_features", "the back-end has no configuration space")
@@ -320,7 +319,7 @@ class FrontendSession:
 
 
 def _fd_step(request: Request, index: int, fd: int) -> _Step:
-    if fd == _NO_FD:
+    if fd == NO_FD:
         return _Step(request, U64.pack(index | VRING_NO_FD))
     return _Step(request, U64.pack(index), (fd,))
 

@@ -71,6 +71,7 @@ PROTOCOL_F_CONFIG = 9
 PROTOCOL_FEATURES = 1 << PROTOCOL_F_REPLY_ACK | 1 << PROTOCOL_F_BACKEND_REQ | 1 << PROTOCOL_F_CONFIG
 
 VRING_INDEX_MASK = 0xFF
+NO_FD = -1  # in place of a descriptor
 VRING_NO_FD = 0x100  # in SET_VRING_KICK/CALL/ERR: no descriptor comes along
 
 U64 = struct.Struct("<Q")
