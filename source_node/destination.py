@@ -87,6 +87,7 @@ class Destination:
         self.resume_ns = 0
         self._opening = migration_pb2.OpenRequest()  # as it was asked
         self._open_unanswered = False
+        self._never_up = False  # so that nothing of the attempt is there
         self._key = key
         self._post = post
         self.encrypted = trust.encrypts
@@ -146,8 +147,11 @@ class Destination:
     def abort(self, reason: str) -> str:
         """Tell it, as far as it can be reached; returns what went wrong, or "".
 
-        An Open that is still on its way may come there after this: then it is to be told once more.
+        An Open that is still on its way may come there after this: then it is to be told once more. Where there
+        never was a connection, nobody has anything to hear.
         """
+        if self._never_up:
+            return ""
         request = migration_pb2.AbortRequest(id=id_message(self._key), reason=reason)
         overtaking = self._open_unanswered
         if problem := self._farewell(self._stub.Abort, request):
@@ -195,8 +199,8 @@ class Destination:
                 event: SourceEvent = event_of(future.result())  # ends: it is done
             except grpc.RpcError as error:
                 name = type(request).__name__.removesuffix("Request")
-                never_up = first and (error.details() or "").startswith(NOT_CONNECTED)
-                lost = LinkLost if future.code() in LINK_CODES and not never_up else PeerLost
+                self._never_up = first and (error.details() or "").startswith(NOT_CONNECTED)
+                lost = LinkLost if future.code() in LINK_CODES and not self._never_up else PeerLost
                 event = lost(f"{name} to {self.address}: {one_line(error)}")
             if event_of == self._opened and not isinstance(event, LinkLost):
                 self._open_unanswered = False

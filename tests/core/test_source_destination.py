@@ -93,6 +93,7 @@ def test_a_link_that_was_never_up_is_not_lost(asked_by_hand, error):
     peer.open(4096, "full", 1, 10_000)
     call.end(error)
     assert told_here == [told.PeerLost(f"Open to 127.0.0.1:1: unavailable: {error.details()}")]
+    assert not peer.abort("cancelled"), "there is nobody who would have to hear of it, and nobody is called"
 
 
 @pytest.mark.parametrize("error", [BROKEN, SILENT], ids=["broken", "silent"])

@@ -87,7 +87,7 @@ def test_an_address_beyond_loopback_is_refused_in_plain_text(giver, address):
 
 
 def test_an_address_where_nobody_listens_is_given_up_at_once(giver):
-    """However long a lost link may take to come back: there was none."""
+    """However long a lost link may take to come back: there was none. And nobody has to hear how it ended."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     since_ns = giver.begin(dest_address=address, link_timeout_ms=600_000)
@@ -97,6 +97,8 @@ def test_an_address_where_nobody_listens_is_given_up_at_once(giver):
     assert ended.fields["reason"].startswith(f"Open to {address}: ")
     assert "refused" in ended.fields["reason"]
     assert ended.fields["recoveries"]["count"] == 0
+    for name in ("link_lost", "abort_unheard"):
+        assert not [event for event in giver.history.having(name) if event.at_ns >= since_ns], name
 
 
 def test_a_tcp_server_that_says_nothing_is_given_up_at_the_timeout(giver):
