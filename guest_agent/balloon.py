@@ -217,9 +217,8 @@ class Balloon:
         for fd in (self._wake_fd, *self._front_end.call_fds):
             waiting.register(fd, select.POLLIN)
         while not self._removed:
-            drain(
-                self._wake_fd
-            )  # before the gate: inside, it could be the wake that says it was shut meanwhile
+            # Before the gate: inside, it could be the wake that says it was shut meanwhile.
+            drain(self._wake_fd)
             with self._gate:
                 with self._lock:
                     busy = self._turn()

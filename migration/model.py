@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 RATE_BYTES_PER_S_ASSUMED = 900_000_000
 SETUP_MS_ASSUMED = 15.0  # the destination's memory, the connection, arming the tracker
 ROUND_MS_ASSUMED = 5.0  # a harvest, a hint report, the last acknowledgements
-SWITCH_MS_ASSUMED = sum(
-    expected({}, 0.0).parts(0.0, math.inf).values()
-)  # what the stop takes beside its pages
+# What the stop takes beside its pages.
+SWITCH_MS_ASSUMED = sum(expected({}, 0.0).parts(0.0, math.inf).values())
 
 
 class DirtyCurve:

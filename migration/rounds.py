@@ -71,9 +71,8 @@ class Limits:
     throttle: ThrottleSteps | None = None
     bandwidth: float | None = None
     link_timeout_ms: int = 0  # a lost connection may come back within this time; 0: it may not
-    link_timeout_paused_ms: int | None = (
-        None  # and within this one while the guest stands still; None: the same
-    )
+    # And within this one while the guest stands still; None: the same.
+    link_timeout_paused_ms: int | None = None
 
     def __post_init__(self) -> None:
         if self.rounds_max < 1 or self.downtime_limit_ms < 0 or self.timeout_ms <= 0:
