@@ -19,7 +19,6 @@ than the stock driver and QEMU, whose figures are in the series.
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from statistics import median
 from typing import Any
@@ -29,17 +28,10 @@ from bench_guest import PAGE_BYTES, BenchGuest, DeviceSpend, running_guest, wait
 from common import Series, machine_line, print_json, print_table
 
 from host.guest_memory import punch_hole
+from testbed.units import parse_bytes
 
 IDLE: list[dict[str, Any]] = [{"name": "idle"}]
 SHARE = (7, 8)
-
-
-def memory_bytes(text: str) -> int:
-    """A size such as 8GiB."""
-    found = re.fullmatch(r"(\d+)(GiB|MiB)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text} is no size like 8GiB or 512MiB")
-    return int(found[1]) << {"GiB": 30, "MiB": 20}[found[2]]
 
 
 def inflate(
@@ -135,7 +127,7 @@ def variant(
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memory", type=memory_bytes, default=8 << 30)
+    parser.add_argument("--memory", type=parse_bytes, default=8 << 30, metavar="SIZE")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--no-resident", action="store_true", help="leave the guests out that fill the host's memory"
