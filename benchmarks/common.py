@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from testbed.interrupt import Interrupt
+from testbed.report.fitting_table import UNLIMITED_COLUMNS
 from testbed.run.runner import conclude, record_run
 from testbed.run.session import Session
 
@@ -170,7 +171,7 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def print_table(title: str, arms: dict[str, Series]) -> None:
-    """One row an arm, one column a figure: median (min-max)."""
+    """One row an arm, one column a figure: median (min-max). As wide as it must be: none is cut."""
     table = Table(title=title, caption=machine_line())
     table.add_column("arm")
     figures = list(next(iter(arms.values())).repeats[0])
@@ -180,4 +181,4 @@ def print_table(title: str, arms: dict[str, Series]) -> None:
         summary = series.summary()
         cells = [f"{s['median']:.4g} ({s['min']:.4g}-{s['max']:.4g})" for s in (summary[n] for n in figures)]
         table.add_row(arm, *cells)
-    Console().print(table)
+    Console(width=UNLIMITED_COLUMNS).print(table)
