@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from testbed.cli.options import RUNS
 from testbed.cli.output import leave_with, print_json, told
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ def soak(
             "--cell", metavar="POINT/CRASH", help="One of them, as in commit.sent/both. 'list' names them."
         ),
     ] = "",
-    out: Annotated[Path, typer.Option("--out", help="Where directories of runs that failed go.")] = Path(
-        "runs"
-    ),
+    out: Annotated[Path, typer.Option("--out", help="Where directories of runs that failed go.")] = RUNS,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the directories of all runs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:

@@ -100,9 +100,8 @@ class Fault(Model):
     kind: str
     at: Annotated[str, BeforeValidator(parse_moment)] = ""  # a time, a round or a point, see parameters.py
     lasting_ms: Annotated[DurationMs | None, Field(alias="for")] = None  # None: until the run ends
-    leg: Annotated[int, Field(ge=1)] | None = (
-        None  # in which it comes, 1-based; None: where its moment comes first
-    )
+    # In which it comes, counted from 1; None: where its moment comes first.
+    leg: Annotated[int, Field(ge=1)] | None = None
     host: Literal["source", "dest", "third"] | None = None
 
     scope: ClassVar[Scope]

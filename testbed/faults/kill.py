@@ -41,9 +41,8 @@ class Kill(VictimFault):
         yield from super().conflicts()
         if self.lasting_ms is not None and not self.restart:
             yield "for", "means nothing without restart = true: what was killed stays dead"
-        if (
-            self.restart and self.at and self.lasting_ms is None
-        ):  # by hand it is `ballast fault heal` that ends it
+        # By hand it is `ballast fault heal` that ends it.
+        if self.restart and self.at and self.lasting_ms is None:
             yield "for", "is missing: it says for how long it stays dead before it is started again"
 
     def apply(self, target: Target) -> Undo:

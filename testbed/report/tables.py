@@ -33,10 +33,8 @@ if TYPE_CHECKING:
 
 VERDICT_STYLES: Final = {"valid": "bold green", "invalid": "bold red", "unknown": "bold yellow"}
 REASONS_SHOWN: Final = 8
-RECONCILED: Final = (
-    "completed",
-    "rehearsal",
-)  # of a torn migration nobody can say which layer its bytes are of
+# Of a torn migration nobody can say which layer its bytes are of.
+RECONCILED: Final = ("completed", "rehearsal")
 BLACKOUT_NOTE: Final = (
     "blackout: what the guest itself saw; with integrity = full it stands still while its memory is hashed"
 )

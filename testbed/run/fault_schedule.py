@@ -39,9 +39,8 @@ if TYPE_CHECKING:
     from testbed.scenario.document import Scenario
 
 HOLD_MS: Final = 30_000  # a node waits no longer for a fault; bringing one into force takes a second at most
-RELEASE_S: Final = (
-    1.0  # a node that stands still does not answer; nothing else is healed or applied meanwhile
-)
+# A node that stands still does not answer; nothing else is healed or applied meanwhile.
+RELEASE_S: Final = 1.0
 IDLE_S: Final = 3600.0  # no fault is due: only an event or the end wakes it
 
 log = structlog.get_logger()

@@ -97,9 +97,8 @@ class SimJournal:
         self._rows = dict(self._durable)
 
     def _put(self, entry: Entry, *, sync: bool) -> None:
-        if (
-            self.full and entry.role == "dest"
-        ):  # a source without a journal ends its attempt: that is tested live
+        # A source without a journal ends its attempt: that is tested live.
+        if self.full and entry.role == "dest":
             if self.written_when_full():
                 self._rows[entry.key, entry.role] = entry
                 self._durable = dict(self._rows)

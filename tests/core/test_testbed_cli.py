@@ -155,9 +155,8 @@ def test_doctor_examines_this_machine():
 def test_doctor_says_what_a_lack_means(monkeypatch):
     monkeypatch.setattr(capabilities, "probe_tracker", lambda: "userfaultfd cannot be opened")
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
-    monkeypatch.setenv(
-        "COLUMNS", "400"
-    )  # no reason is broken, however many there are for a person without root
+    # No reason is broken, however many there are for a person without root.
+    monkeypatch.setenv("COLUMNS", "400")
     result = invoke("doctor")
     assert result.exit_code == 0, "hash tracking still works"
     assert "userfaultfd cannot be opened" in result.stdout
