@@ -85,7 +85,7 @@ def test_a_destination_that_is_gone_when_the_migration_begins(tmp_path):
         pids.note(event)
         blow(event)
 
-    run = perform(tmp_path, scenario(AT_ONCE), watch)
+    run = perform(tmp_path, scenario(), watch)
     record = assert_not_handed_over(run)
     assert "unavailable" in run.result.outcome_reason
     assert not list(record.all("round_started"))
@@ -151,14 +151,14 @@ def test_a_destination_that_is_killed(tmp_path, monkeypatch, moment, victim):
 def test_a_destination_that_is_no_migration_service_fails_the_run(tmp_path, monkeypatch):
     with grpc_liar(LIES["open is garbage"]) as address:
         send_elsewhere(monkeypatch, address)
-        run = perform(tmp_path, scenario(AT_ONCE))
+        run = perform(tmp_path, scenario())
     assert_not_handed_over(run)
 
 
 def test_a_destination_that_is_no_grpc_server_fails_the_run(tmp_path, monkeypatch):
     with tcp_liar(b"220 mail.example ESMTP\r\n") as address:
         send_elsewhere(monkeypatch, address)
-        run = perform(tmp_path, scenario(AT_ONCE))
+        run = perform(tmp_path, scenario())
     assert_not_handed_over(run)
 
 
