@@ -2,8 +2,8 @@
 
 Rule 1: every call has a deadline. Open, Prepare and Commit answer through a callback, so that the migration
         thread stays free to be cancelled while the destination works.
-Rule 2: a lost connection is LinkLost: it may come back; a refusal is PeerLost, and so is an address to which the
-        attempt never had a connection: what was not there is not lost. Only replies are answers.
+Rule 2: a lost connection is LinkLost: it may come back; a refusal is PeerLost, and so is an address where nobody
+        listens when it is called first: what was not there is not lost. Only replies are answers.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ REASON_CHARACTERS_MAX = 300  # a peer's reason becomes ours: one line that a per
 
 # The connection's end, or a silence, as apart from an answer: the link may come back.
 LINK_CODES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
-# How gRPC words that it could not connect; its code is the one of a connection that broke. Worded otherwise some
-# day, such a failure is a lost link again, and waited for.
+# How gRPC words that it could not connect, so that nobody has heard of the call; its code is the one of a connection
+# that broke.
 NOT_CONNECTED = ("failed to connect to all addresses", "errors resolving")
+# And that this was an answer: nobody listens, no such name, not who was meant. The rest is silence, which may be
+# a slow link's: a lost link, as whatever is worded otherwise some day, and waited for.
+SAID_NO = ("errors resolving", "Connection refused", "Verification Check failed", "TSI_PROTOCOL_FAILURE")
 
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -199,8 +202,10 @@ class Destination:
                 event: SourceEvent = event_of(future.result())  # ends: it is done
             except grpc.RpcError as error:
                 name = type(request).__name__.removesuffix("Request")
-                self._never_up = first and (error.details() or "").startswith(NOT_CONNECTED)
-                lost = LinkLost if future.code() in LINK_CODES and not self._never_up else PeerLost
+                words = error.details() or ""
+                self._never_up = first and words.startswith(NOT_CONNECTED)
+                refused = self._never_up and any(answer in words for answer in SAID_NO)
+                lost = LinkLost if future.code() in LINK_CODES and not refused else PeerLost
                 event = lost(f"{name} to {self.address}: {one_line(error)}")
             if event_of == self._opened and not isinstance(event, LinkLost):
                 self._open_unanswered = False

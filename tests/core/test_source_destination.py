@@ -50,8 +50,18 @@ class Refusal(grpc.RpcError):
         return self._words
 
 
-NOBODY = Refusal(grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses; last error: refused")
+NOBODY = Refusal(
+    grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses; last error: Connection refused"
+)
 UNKNOWN_NAME = Refusal(grpc.StatusCode.UNAVAILABLE, "errors resolving b:1: not found")
+ANOTHERS_NAME = Refusal(
+    grpc.StatusCode.UNAVAILABLE,
+    "failed to connect to all addresses; last error: Hostname Verification Check failed.",
+)
+SLOW = Refusal(
+    grpc.StatusCode.UNAVAILABLE,
+    "failed to connect to all addresses; last error: connection attempt timed out before receiving SETTINGS frame",
+)
 BROKEN = Refusal(grpc.StatusCode.UNAVAILABLE, "Socket closed")
 SILENT = Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
 
@@ -87,13 +97,26 @@ def fixture_asked_by_hand():
     peer.close()
 
 
-@pytest.mark.parametrize("error", [NOBODY, UNKNOWN_NAME], ids=["nobody", "unknown name"])
+@pytest.mark.parametrize(
+    "error", [NOBODY, UNKNOWN_NAME, ANOTHERS_NAME], ids=["nobody", "unknown name", "another's name"]
+)
 def test_a_link_that_was_never_up_is_not_lost(asked_by_hand, error):
     peer, call, told_here = asked_by_hand
     peer.open(4096, "full", 1, 10_000)
     call.end(error)
     assert told_here == [told.PeerLost(f"Open to 127.0.0.1:1: unavailable: {error.details()}")]
     assert not peer.abort("cancelled"), "there is nobody who would have to hear of it, and nobody is called"
+
+
+def test_an_address_that_says_nothing_may_be_at_the_end_of_a_slow_link(asked_by_hand):
+    peer, call, told_here = asked_by_hand
+    peer.open(4096, "full", 1, 10_000)
+    call.end(SLOW)
+    assert [type(event) for event in told_here] == [told.LinkLost]
+    assert not peer.abort("cancelled"), "nobody has heard of it yet"
+    peer.open(4096, "full", 1, 10_000)
+    call.end(reply=SimpleNamespace(incarnation="one"))
+    assert told_here[1:] == [told.DestinationOpened("one")]
 
 
 @pytest.mark.parametrize("error", [BROKEN, SILENT], ids=["broken", "silent"])
