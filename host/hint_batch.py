@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from host.clock import now_ns
+from migration.events import HintsReported
 from virtio.hint_session import HintRange, HintStarted, HintStopped, RejectedRange, StaleRange
 
 if TYPE_CHECKING:
@@ -47,6 +48,17 @@ class HintBatch:
     def stopped(self) -> bool:
         """Whether the guest ended its report in this pass."""
         return "stopped" in self.events
+
+    def reported(self) -> HintsReported:
+        """As the source's machine is told of it."""
+        return HintsReported(
+            command_id=self.command_id,
+            pfn_first=self.pfn_first,
+            page_count=self.page_count,
+            stopped=self.stopped,
+            stale_pages=self.stale_pages,
+            rejected_ranges=self.rejected_ranges,
+        )
 
 
 def batch_of(command_id: int, events: Sequence[HintEvent]) -> HintBatch:

@@ -45,7 +45,7 @@ REASON_CHARACTERS_MAX = 300  # a peer's reason becomes ours: one line that a per
 
 # The connection's end, or a silence, as apart from an answer: the link may come back.
 LINK_CODES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
-# How gRPC words that it could not connect, so that nobody has heard of the call; its code is the one of a connection
+# How gRPC words that it could not connect, so that nobody has heard of the call; its code is that of a connection
 # that broke.
 NOT_CONNECTED = ("failed to connect to all addresses", "errors resolving")
 # And that this was an answer: nobody listens, no such name, not who was meant. The rest is silence, which may be

@@ -32,7 +32,7 @@ from migration.progress import Standing, outlook
 from migration.source_machine import SourceMachine
 from migration.source_phases import SourcePhase
 from source_node.farewells import mark
-from source_node.shell import SourceShell, hints_reported
+from source_node.shell import SourceShell
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -137,7 +137,7 @@ class MigrationRun:
         return True
 
     def _on_hints(self, batch: HintBatch) -> None:
-        self._events.put(hints_reported(batch))
+        self._events.put(batch.reported())
 
     # -- the loop ------------------------------------------------------------------------------
 

@@ -42,7 +42,6 @@ from source_node.wire_account import WireAccount
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from host.balloon_server import HintBatch
     from host.context import HostContext
     from migration.identity import AttemptKey
     from migration.source_machine import SourceMachine
@@ -183,7 +182,7 @@ class SourceShell:
             case do.OpenHints():
                 self._open_hints()
             case do.CloseHints():
-                closed = told.HintsClosed(hints_reported(self._host.balloon.close_hints()))
+                closed = told.HintsClosed(self._host.balloon.close_hints().reported())
                 self._hint_log.closed(closed.last)
                 self.hint_rule.hinted(closed.last)
                 self._post(closed)
@@ -456,15 +455,3 @@ class SourceShell:
         """What a judge will ask for after COMMITTED; an attempt taken up after a restart knows no sent pages."""
         sent = self._reader.sent_hashes if self._reader is not None else None
         self.artefacts = write_artefacts(self._host, self._ram, sent, self._order.integrity)
-
-
-def hints_reported(batch: HintBatch) -> told.HintsReported:
-    """The device's batch as the machine's event."""
-    return told.HintsReported(
-        command_id=batch.command_id,
-        pfn_first=batch.pfn_first,
-        page_count=batch.page_count,
-        stopped=batch.stopped,
-        stale_pages=batch.stale_pages,
-        rejected_ranges=batch.rejected_ranges,
-    )

@@ -83,7 +83,7 @@ class SourceShell:
     def _hinted(self, batch: HintBatch) -> None:
         if self.node.world.plant is Plant.DIRTY_LOG_CLEARED_AT_HINT:
             self._forget_dirty(batch)
-        self.run.post(_report(batch))
+        self.run.post(batch.reported())
 
     def _forget_dirty(self, batch: HintBatch) -> None:
         for first, count in zip(batch.pfn_first.tolist(), batch.page_count.tolist(), strict=True):
@@ -300,7 +300,7 @@ class SourceShell:
         last = self.node.balloon.close_hints()
         if self.node.world.plant is Plant.DIRTY_LOG_CLEARED_AT_HINT:
             self._forget_dirty(last)
-        self.run.post(told.HintsClosed(_report(last)))
+        self.run.post(told.HintsClosed(last.reported()))
 
     def _save(self, rehearsal: bool) -> None:
         vcpu_state = b"" if rehearsal else self.node.agent.save()
@@ -395,14 +395,3 @@ class SourceShell:
             for call in self._calls:
                 call.forget()
         self.node.balloon.sink = lambda _: None
-
-
-def _report(batch: HintBatch) -> told.HintsReported:
-    return told.HintsReported(
-        command_id=batch.command_id,
-        pfn_first=batch.pfn_first,
-        page_count=batch.page_count,
-        stopped=batch.stopped,
-        stale_pages=batch.stale_pages,
-        rejected_ranges=batch.rejected_ranges,
-    )
