@@ -173,6 +173,36 @@ at = "stop_copy"
     assert lossy.packets is not None
 
 
+BITS_THAT_NO_CHECKSUM_SHOWS = """
+[link]
+offload = false
+[[fault]]
+kind = "corrupt"
+share = "1%"
+checksum = "fixed"
+direction = "in"
+at = "round 1 10%"
+for = "500ms"
+"""
+
+
+def test_a_bit_that_only_tls_can_notice_costs_a_connection_and_nothing_else(tmp_path, nothing_left):  # noqa: ARG001
+    run = perform(tmp_path, tiny("migration.bandwidth=16MiB/s", text=TINY + BITS_THAT_NO_CHECKSUM_SHOWS))
+    assert (run.result.outcome, run.exit_code) == ("completed", 0), run.judgement.reasons
+    guest_is_whole(run, "dest")
+    (corrupt,) = run.result.faults
+    assert corrupt.packets > 0
+    assert run.result.recoveries.count > 0
+
+
+def test_without_tls_a_hash_notices_the_bit_and_the_guest_stays_where_it_was(tmp_path, nothing_left):  # noqa: ARG001
+    plain = ("hosts.tls=false", "migration.bandwidth=16MiB/s")
+    run = perform(tmp_path, tiny(*plain, text=TINY + BITS_THAT_NO_CHECKSUM_SHOWS, expect="failed"))
+    assert (run.result.outcome, run.exit_code) == ("failed", 0), run.judgement.reasons
+    assert run.result.outcome_reason.startswith("page stream: invalid argument: bad page chunk")
+    guest_is_whole(run, "source")
+
+
 def test_a_killed_container_is_a_lost_guest_and_a_fact(tmp_path, nothing_left):  # noqa: ARG001
     killed = '[[fault]]\nkind = "kill"\nwhat = "container"\nhost = "source"\nat = "round 1 50%"\n'
     run = perform(tmp_path, tiny(text=TINY + killed, expect="guest_lost"))
