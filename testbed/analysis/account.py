@@ -93,6 +93,7 @@ class Counts:
     others: Mapping[str, int] = field(default_factory=dict)
     dest: Mapping[str, Any] | None = None
     relayed: bool = False  # the hosts have networks of their own, and something between them ends TCP
+    duplicated: bool = False  # a fault had packets arrive twice
 
     @classmethod
     def of(cls, record: RunRecord) -> Counts | None:
@@ -119,7 +120,8 @@ class Counts:
             interface=told.get("interface"),
             others=told.get("others") or {},
             dest=received[-1].fields if received else None,
-            relayed=len(list(record.all("network_made", "testbed"))) > 1,
+            relayed=record.networks > 1,
+            duplicated=record.was_in_force("duplicate"),
         )
 
 
@@ -253,10 +255,14 @@ def _below_tcp(counts: Counts, interface: Mapping[str, Any]) -> tuple[list[Layer
     # A packet that was dropped before the interface (a queue, a rule) was sent for TCP and not for the counter.
     again = min(max(left, 0), counts.tcp["retransmitted_bytes"])
     left_back = interface["rx_bytes"] - counts.tcp["rx_bytes"] - rx_packets * framing - others[1]
-    # While something is missing acknowledgements name what is there, and the peer repeats itself, too.
-    sack_most = rx_packets * SACK_BYTES_MAX if counts.tcp["retransmitted_bytes"] else 0
+    # While something is missing, or came twice, acknowledgements name it, and the peer repeats itself, too.
+    irregular = counts.tcp["retransmitted_bytes"] or counts.duplicated
+    sack_most = rx_packets * SACK_BYTES_MAX if irregular else 0
     returned = _returned(counts, left_back, interface["rx_bytes"])
     sack = min(max(left_back - returned, 0), sack_most)
+    # A copy comes beside its original: of all that was received at most one half.
+    copies_most = interface["rx_bytes"] // 2 if counts.duplicated else 0
+    copies = min(max(left_back - returned - sack, 0), copies_most)
     layers = [
         Layer(name="TCP: sent again", how="counted", forward_bytes=again),
         Layer(
@@ -272,6 +278,7 @@ def _below_tcp(counts: Counts, interface: Mapping[str, Any]) -> tuple[list[Layer
             backward_bytes=rx_packets * ETHERNET_HEADER_BYTES,
         ),
         Layer(name="frames that a bridge sent back", how="rest", backward_bytes=returned),
+        Layer(name="packets that came twice", how="rest", backward_bytes=copies),
         Layer(
             name="other connections of the host",
             how="counted",
@@ -279,7 +286,7 @@ def _below_tcp(counts: Counts, interface: Mapping[str, Any]) -> tuple[list[Layer
             backward_bytes=others[1],
         ),
     ]
-    return layers, left - again, left_back - sack - returned
+    return layers, left - again, left_back - sack - returned - copies
 
 
 def _resent_most(counts: Counts) -> int:
@@ -330,8 +337,8 @@ def _link_problems(account: Account, counts: Counts, *, offload: bool) -> Iterat
 def _both_ends(account: Account, counts: Counts) -> Iterator[tuple[str, int, int]]:
     """(what, sent at one end, received at the other): the same, but for what was lost on the way and sent again.
 
-    A relay's packets are its own, and what it sent again nobody else knows of: behind one only the TCP streams are
-    the same at both ends.
+    A relay's packets are its own, and what it sent again nobody else knows of; copies of packets are nobody's. Then
+    only the TCP streams are the same at both ends.
     """
     if counts.dest is None:
         return
@@ -340,7 +347,7 @@ def _both_ends(account: Account, counts: Counts) -> Iterator[tuple[str, int, int
         answered = streams["tx_bytes"] - streams["retransmitted_bytes"]
         yield "bytes of TCP streams left to", sent, streams["rx_bytes"]
         yield "bytes of TCP streams left from", answered, counts.tcp["rx_bytes"]
-    if not counts.relayed:
+    if not (counts.relayed or counts.duplicated):
         returned = sum(
             layer.backward_bytes for layer in account.layers if layer.name.startswith("frames that")
         )
@@ -369,9 +376,10 @@ def _missing_witnesses(record: RunRecord, counts: Counts) -> Iterator[str]:
         if _seen_from_outside(record) is not None:
             yield "the source has a network of its own and told no counts of its interfaces"
         return
-    told = counts.dest if not counts.relayed else counts.dest and counts.dest.get("streams")
+    by_streams = counts.relayed or counts.duplicated
+    told = counts.dest if not by_streams else counts.dest and counts.dest.get("streams")
     if not told and not record.node_was_killed("dest"):
-        of_what = "TCP streams" if counts.relayed else "interfaces"
+        of_what = "TCP streams" if by_streams else "interfaces"
         yield f"the destination told no counts of its {of_what}: the two ends cannot be compared"
     unseen = {event.fields["host"]: event.fields for event in record.all("wire_unseen", "testbed")}.get(
         "source"

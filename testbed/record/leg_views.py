@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from testbed.record.oracle_log import read_log
-from testbed.record.run_record import RunRecord
+from testbed.record.run_record import NEVER_NS, RunRecord
 from testbed.scenario.leg_keys import FIRST_HOST
 
 if TYPE_CHECKING:
@@ -68,8 +68,14 @@ class LegRecord(RunRecord):
     """One leg of a run as a record."""
 
     number: int
+    run: RunRecord  # of which it is a part
     leg_beats: Mapping[str, BeatArray]  # of its two hosts, within the leg
     leg_oracle: bytes  # of all legs up to this one
+
+    @property
+    def of_run(self) -> RunRecord:
+        """With what began before the leg and went on in it."""
+        return self.run
 
     def _read_beats(self) -> dict[str, BeatArray]:
         return dict(self.leg_beats)
@@ -100,7 +106,7 @@ def _view(
 ) -> LegRecord:
     number, giver, taker = (start.fields[name] for name in ("leg", "giver", "taker"))
     roles: dict[str, Origin] = {giver: "source", taker: "dest"}
-    ends_ns = after.at_ns if after is not None else 2**63
+    ends_ns = after.at_ns if after is not None else NEVER_NS
     events = tuple(_renamed(event, roles) for event in record.events if begins_ns <= event.at_ns < ends_ns)
     ended = next((event for event in events if event.name == "leg_ended"), None)
     until = ended.fields["oracle_bytes"] if ended is not None else None
@@ -117,6 +123,7 @@ def _view(
         scenario=scenario,
         events=events,
         number=number,
+        run=record,
         leg_beats=beats,
         leg_oracle=oracle,
     )

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # A node is called by what it is in the run; in a leg the same one may be the other of the two.
 NODES_AND_MORE: Final = ("source_node", "dest_node", "container")
+NEVER_NS: Final = 2**63  # later than any event
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,27 @@ class RunRecord:
             and event.at_ns >= self.attempt_begins_ns
             and (ended is None or event.at_ns < ended.at_ns)
             for event in self.all("fault_applied", "testbed")
+        )
+
+    @property
+    def of_run(self) -> RunRecord:
+        """The record of the whole run: this one, unless it is one leg's (leg_views.py)."""
+        return self
+
+    @property
+    def networks(self) -> int:
+        """How many the run made for its hosts: two are joined by something that ends TCP."""
+        return sum(1 for _ in self.of_run.all("network_made", "testbed"))
+
+    def was_in_force(self, kind: str) -> bool:
+        """Whether a fault of this kind was, at any time in the last attempt; it may be from before the leg."""
+        healed = {event.fields["fault"]: event.at_ns for event in self.of_run.all("fault_healed", "testbed")}
+        ended_ns = self.ended.at_ns if self.ended is not None else NEVER_NS
+        return any(
+            event.fields["kind"] == kind
+            and event.at_ns < ended_ns
+            and healed.get(event.fields["fault"], NEVER_NS) >= self.attempt_begins_ns
+            for event in self.of_run.all("fault_applied", "testbed")
         )
 
     @property

@@ -173,6 +173,25 @@ at = "stop_copy"
     assert lossy.packets is not None
 
 
+@pytest.mark.parametrize("offload", ["true", "false"])
+def test_packets_that_come_twice_are_counted_and_explained(tmp_path, nothing_left, offload):  # noqa: ARG001
+    twice = f"""
+[link]
+offload = {offload}
+[[fault]]
+kind = "duplicate"
+share = "5%"
+at = "round 1 10%"
+"""
+    run = perform(tmp_path, tiny("migration.bandwidth=32MiB/s", text=TINY + twice))
+    assert (run.result.outcome, run.exit_code) == ("completed", 0), run.judgement.reasons
+    account = run.result.account
+    assert account.dest_received_bytes > 1.01 * account.wire_forward_bytes, (
+        "copies are on the destination's wire"
+    )
+    assert account.dest_stream_bytes < account.wire_forward_bytes, "and in its streams once"
+
+
 BITS_THAT_NO_CHECKSUM_SHOWS = """
 [link]
 offload = false

@@ -314,6 +314,40 @@ def test_behind_a_relay_the_streams_are_compared(tmp_path, streams, words):
     assert any(words in reason for reason in finding.reasons), finding.reasons
 
 
+def duplicating(run, begins_ms, ends_ms=None):
+    fields = {"fault": 0, "kind": "duplicate", "host": "dest"}
+    tell(run, begins_ms, "testbed", "fault_applied", **fields, parameters={})
+    if ends_ms is not None:
+        tell(run, ends_ms, "testbed", "fault_healed", **fields)
+
+
+@pytest.mark.parametrize("healed_at_ms", [None, 2000])
+def test_copies_of_packets_are_no_bytes_from_elsewhere(tmp_path, healed_at_ms):
+    run = SyntheticRun(tmp_path)
+    sent = load(run.run_dir.path).ended.fields["bytes"]["tcp"]["tx_bytes"] + 50 * FRAMING
+    duplicating(run, 20, healed_at_ms)
+    assert byte_count.check(with_interface(run, dest_received=sent + 200_000)).verdict is Verdict.VALID
+
+
+def test_copies_from_before_the_attempt_excuse_nothing(tmp_path):
+    run = SyntheticRun(tmp_path)
+    sent = load(run.run_dir.path).ended.fields["bytes"]["tcp"]["tx_bytes"] + 50 * FRAMING
+    duplicating(run, 1, 2)
+    finding = byte_count.check(with_interface(run, dest_received=sent + 200_000))
+    assert "came from elsewhere" in finding.reasons[0]
+
+
+def test_copies_that_came_back_have_a_layer_bounded_by_their_originals():
+    answers, once = 9000, 9000 + PACKETS_BACK * FRAMING
+    twice = crossed(told(BY_INTERFACE, rx_bytes=answers), rx_bytes=2 * once, rx_packets=2 * PACKETS_BACK)
+    twice = replace(twice, duplicated=True)
+    (copies,) = [layer for layer in explain(twice).layers if layer.name == "packets that came twice"]
+    assert 0 < copies.backward_bytes <= answers
+    assert explain(twice).problems == []
+    too_many = crossed(twice, rx_bytes=400_000)
+    assert any("from the destination" in problem for problem in explain(too_many).problems)
+
+
 def test_packets_larger_than_the_mtu_without_offload_are_unknown(tmp_path):
     finding = byte_count.check(with_interface(SyntheticRun(tmp_path), offload=False))
     assert finding.verdict is Verdict.UNKNOWN

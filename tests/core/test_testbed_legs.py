@@ -4,7 +4,8 @@ import pytest
 
 from testbed.errors import UsageError
 from testbed.history import Event
-from testbed.record.leg_views import _renamed
+from testbed.record.leg_views import _renamed, legs_of
+from testbed.record.run_dir import RunDir
 from testbed.record.run_record import RunRecord
 from testbed.scenario.document import Scenario
 from testbed.scenario.file import parse
@@ -78,3 +79,26 @@ def test_a_leg_knows_that_its_giver_was_killed_whatever_the_fault_calls_it(what)
 
     assert of_leg("dest", "source").sender_was_killed
     assert not of_leg("source", "dest").sender_was_killed
+
+
+def test_a_leg_knows_what_began_before_it_and_went_on(tmp_path):
+    """The run's networks, and a fault that nobody has healed by then."""
+    fault = {"fault": 0, "kind": "duplicate", "host": "dest"}
+    events = (
+        Event(1, "testbed", "network_made", {"network": "n"}),
+        Event(2, "testbed", "network_made", {"network": "n"}),
+        Event(3, "testbed", "leg_started", {"leg": 1, "giver": "source", "taker": "dest"}),
+        Event(4, "testbed", "migration_requested", {}),
+        Event(5, "source", "migration_ended", {"outcome": "completed"}),
+        Event(6, "testbed", "fault_applied", fault),
+        Event(7, "testbed", "leg_started", {"leg": 2, "giver": "dest", "taker": "source"}),
+        Event(8, "testbed", "migration_requested", {}),
+        Event(9, "testbed", "fault_healed", fault),
+        Event(10, "dest", "migration_ended", {"outcome": "completed"}),
+        Event(11, "testbed", "leg_started", {"leg": 3, "giver": "source", "taker": "third"}),
+        Event(12, "testbed", "migration_requested", {}),
+    )
+    legs = legs_of(RunRecord(RunDir(tmp_path), {}, scenario(THERE_AND_BACK), events))
+    assert [leg.networks for leg in legs] == [2, 2, 2]
+    assert [leg.was_in_force("duplicate") for leg in legs] == [False, True, False]
+    assert not any(leg.was_in_force("loss") for leg in legs)
