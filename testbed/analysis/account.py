@@ -216,7 +216,7 @@ def _stream(counts: Counts) -> tuple[list[Layer], int, list[str]]:
             f"{counts.payload} bytes of payload make {allowed.least} to {allowed.most} bytes of page hashes, runs "
             f"and chunk headers, counted {chunks}"
         )
-    stream = counts.tcp["tx_bytes"] - counts.tcp["retransmitted_bytes"]
+    stream = _left_the_host(counts)
     tls = tls_bounds(counts.grpc, counts.messages) if counts.tls else None
     # What was given to a connection before it was lost, and was sent again on the next one.
     lost = -min(_resent_most(counts), max(0, counts.grpc + (tls.least if tls else 0) - stream))
@@ -244,16 +244,29 @@ def _stream(counts: Counts) -> tuple[list[Layer], int, list[str]]:
     return layers, surplus, problems
 
 
+def _left_the_host(counts: Counts) -> int:
+    """The TCP streams, each byte once, as far as an interface carried them.
+
+    TCP counts what it hands on: while there is no interface it counts the same bytes each time that it tries, and
+    what was dropped on the way to one, of a connection that then broke, it never sent again.
+    """
+    stream = counts.tcp["tx_bytes"] - counts.tcp["retransmitted_bytes"]
+    if counts.interface is None:
+        return stream
+    framing = packet_header_bytes(counts.ip_version) + ETHERNET_HEADER_BYTES
+    headers = counts.interface["tx_packets"] * framing
+    return int(min(stream, counts.interface["tx_bytes"] - headers - counts.others.get("tx_bytes", 0)))
+
+
 def _below_tcp(counts: Counts, interface: Mapping[str, Any]) -> tuple[list[Layer], int, int]:
     """Layers between the TCP stream and the interface; what is left over forward and backward."""
     tx_packets, rx_packets = interface["tx_packets"], interface["rx_packets"]
     per_packet = packet_header_bytes(counts.ip_version)
     others = (counts.others.get("tx_bytes", 0), counts.others.get("rx_bytes", 0))
-    stream = counts.tcp["tx_bytes"] - counts.tcp["retransmitted_bytes"]
     framing = per_packet + ETHERNET_HEADER_BYTES
-    left = interface["tx_bytes"] - stream - tx_packets * framing - others[0]
+    left = interface["tx_bytes"] - _left_the_host(counts) - tx_packets * framing - others[0]
     # A packet that was dropped before the interface (a queue, a rule) was sent for TCP and not for the counter.
-    again = min(max(left, 0), counts.tcp["retransmitted_bytes"])
+    again = min(left, counts.tcp["retransmitted_bytes"])
     left_back = interface["rx_bytes"] - counts.tcp["rx_bytes"] - rx_packets * framing - others[1]
     # While something is missing, or came twice, acknowledgements name it, and the peer repeats itself, too.
     irregular = counts.tcp["retransmitted_bytes"] or counts.duplicated
@@ -343,9 +356,8 @@ def _both_ends(account: Account, counts: Counts) -> Iterator[tuple[str, int, int
     if counts.dest is None:
         return
     if streams := counts.dest.get("streams"):
-        sent = counts.tcp["tx_bytes"] - counts.tcp["retransmitted_bytes"]
         answered = streams["tx_bytes"] - streams["retransmitted_bytes"]
-        yield "bytes of TCP streams left to", sent, streams["rx_bytes"]
+        yield "bytes of TCP streams left to", _left_the_host(counts), streams["rx_bytes"]
         yield "bytes of TCP streams left from", answered, counts.tcp["rx_bytes"]
     if not (counts.relayed or counts.duplicated):
         returned = sum(
