@@ -102,11 +102,15 @@ class Schedule:
     # -- moments -------------------------------------------------------------------------------
 
     def _arm(self) -> None:
-        for origin, point in {self._place_of(fault) for fault in self._faults if moment_ms(fault.at) is None}:
+        for origin, point in self._places():
             self._hosts.hosts[origin].client.arm_point(point, HOLD_MS)
 
+    def _places(self) -> set[tuple[Origin, str]]:
+        """Of the faults that wait for a point: the host whose node comes to it, and that point."""
+        waiting = (self._faults[number] for number in self._waiting)
+        return {self._place_of(fault) for fault in waiting if moment_ms(fault.at) is None}
+
     def _place_of(self, fault: Fault) -> tuple[Origin, str]:
-        """The host whose node comes to the fault's point, and that point."""
         giver, taker = self._path[(fault.leg or 1) - 1]
         return (giver if side_of(fault.at) == "source" else taker), fault.at
 
@@ -114,6 +118,14 @@ class Schedule:
         return self._faults[number].leg in (None, self._leg)
 
     def _main(self) -> None:
+        try:
+            self._follow()
+        except Exception as error:
+            log.exception("fault_schedule_failed")
+            words = " ".join(str(error).split()) or type(error).__name__
+            self._failure = self._failure or f"the schedule of the faults ended: {words}"
+
+    def _follow(self) -> None:
         while True:
             try:
                 event = self._posted.get(timeout=self._next_s())
@@ -172,7 +184,7 @@ class Schedule:
             return
         try:
             host.client.release_point(point, RELEASE_S)
-            if (origin, point) in {self._place_of(self._faults[number]) for number in self._waiting}:
+            if (origin, point) in self._places():
                 host.client.arm_point(point, HOLD_MS)  # of a later leg: a point holds whom it meets once
         except RunBrokenError as error:  # it stands still, and is told again when something is healed
             self._unheard.add((origin, point))

@@ -2,6 +2,7 @@
 
 import queue
 import subprocess
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -263,3 +264,36 @@ def test_the_schedule_heals_a_fault_with_those_in_force_that_came_later(stage):
     on.schedule._heal(0, "its time is over")
     on.schedule._heal(2, "its time is over")
     assert seen == [[in_force[1]], [in_force[1]]]
+
+
+def test_a_fault_at_a_time_and_one_at_a_point_wait_beside_one_another(stage):
+    one = stage(killing(at="600s") + fault(kind="pause", what="guest_agent", at="saved"))
+    with one.schedule:
+        assert one.next() == "arm saved"
+        one.history.note("migration_requested")
+        one.reach("saved")
+        assert [one.next(), one.next()] == ["pause", "release saved"]
+
+
+def test_a_schedule_that_ends_by_itself_breaks_the_run(stage):
+    """Otherwise the run would go on without its faults, and be judged as if they had come."""
+    one = stage(killing(at="saved"))
+
+    def run():
+        with one.schedule:
+            assert one.next() == "arm saved"
+            one.schedule._reached = ended = Unexpected()
+            one.reach("saved")
+            assert ended.called.wait(10)
+
+    with pytest.raises(RunBrokenError, match="the schedule of the faults ended: nobody expected this"):
+        run()
+
+
+class Unexpected:
+    def __init__(self):
+        self.called = threading.Event()
+
+    def __call__(self, _event):
+        self.called.set()
+        raise AssertionError("nobody expected this")
