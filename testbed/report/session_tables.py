@@ -39,7 +39,7 @@ def status_table(status: dict[str, Any]) -> RenderableType:
     ]
     done = status["migrations"]
     if done:
-        parts.append(Text("migrations: " + ", ".join(f"{one['leg']} {one['outcome']}" for one in done)))
+        parts.append(Text("migrations: " + ", ".join(f"leg {one['leg']} {one['outcome']}" for one in done)))
     parts.append(faults_table(status["faults"]))
     return Group(*parts)
 
