@@ -149,9 +149,10 @@ class LocalGuest:
             self._drop()
 
     def _lost(self, reason: str) -> None:
-        self._events.add("guest_link_lost", reason=reason)
         if (listener := self._lost_listener) is not None:
             listener(reason)
+        # Last: whoever reads it may count on it that the migration under way has the news.
+        self._events.add("guest_link_lost", reason=reason)
         self._wanted.set()
 
     def _notified(self, event: str, fields: Mapping[str, object]) -> None:

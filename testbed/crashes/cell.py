@@ -196,6 +196,8 @@ class _Cell:
             self._await_point(origin, point)
         for process in self._victims:
             process.kill()
+        if cell.crash == "guest":
+            self._await_death()
         if cell.crash == "link":
             link.cut()
         self._note("fault_applied", at=cell.point, parameters={"what": f"{cell.guest_host}_node"})
@@ -233,6 +235,16 @@ class _Cell:
         event = self._history.wait_for(reached, WAIT_S)
         if event is None or event.name == "migration_ended":
             raise RunBrokenError(f"the {origin} never came to {point}")
+
+    def _await_death(self) -> None:
+        """Before anybody goes on: the table is about hosts that know, not about how fast the news travels."""
+        origin = self._cell.guest_host
+
+        def heard(event: Event) -> bool:
+            return event.name == "guest_link_lost" and event.origin == origin
+
+        if self._history.wait_for(heard, WAIT_S) is None:
+            raise RunBrokenError(f"the {origin} did not hear that its guest agent is gone")
 
     def _await_notice(self) -> None:
         noticed = ("migration_ended", "commit_unanswered", "forget_unheard")
