@@ -23,7 +23,7 @@ from testbed.run.runner import FinishedRun, run_scenario
 from testbed.scenario.file import validate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from testbed.interrupt import Interrupt
@@ -32,6 +32,22 @@ if TYPE_CHECKING:
 CELL_SHARE: Final = 0.5
 SKIPS: Final = ("none", "zero", "hint", "both")
 POINTS: Final = ("round 1", "round 1 50%", "stop_copy", "saved", "prepared.recorded", "commit.sent", "200ms")
+# Faults of hosts in containers, and how their parameters are drawn. None of them kills.
+CONTAINER_FAULTS: Final[Mapping[str, Callable[[random.Random], dict[str, Any]]]] = {
+    "partition": lambda _: {},
+    "disconnect": lambda _: {},
+    "reset": lambda _: {},
+    "loss": lambda dice: {"share": f"{dice.randint(1, 20)}%"},
+    "duplicate": lambda dice: {"share": f"{dice.randint(1, 20)}%"},
+    "reorder": lambda dice: {"share": f"{dice.randint(1, 20)}%", "by": f"{dice.randint(1, 5)}ms"},
+    "corrupt": lambda dice: {
+        "share": f"{dice.randint(1, 5)}%",
+        "checksum": dice.choice(("broken", "fixed")),
+    },
+    "delay": lambda dice: {"delay": f"{dice.randint(1, 50)}ms"},
+    "rate": lambda dice: {"rate": f"{dice.choice((20, 100, 500))}Mbit/s"},
+    "slow": lambda dice: {"cpus": dice.choice((0.3, 0.6))},
+}
 PROCESSES: Final = ("source_node", "dest_node", "guest_agent")
 # Outcomes after which exactly one guest goes on, and nothing is lost.
 WHOLE: Final = frozenset({"completed", "cancelled", "failed"})
@@ -133,7 +149,9 @@ def problems_of(run: FinishedRun, *, faults: bool) -> list[str]:
     """What speaks against a run of a random scenario."""
     if not faults:
         return list(run.judgement.reasons)
-    problems = [problem for problem in _unsafe(run) if not problem.startswith("expectation")]
+    # A run that completed has all the evidence there is, whatever came on its way.
+    against = run.judgement.reasons if run.result.outcome == "completed" else _unsafe(run)
+    problems = [problem for problem in against if not problem.startswith("expectation")]
     if run.result.outcome not in WHOLE:
         problems.append(f"the outcome is {run.result.outcome}, and no fault kills a guest")
     return problems
@@ -221,19 +239,14 @@ def _scenario(dice: random.Random, hosts: str, seed: int) -> dict[str, Any]:
         "fault": faults,
         "run": {"settle": "50ms", "run_on": "50ms"},
         "hosts": {"kind": hosts},
+        **({"link": {"offload": dice.random() < 0.5}} if hosts == "docker" else {}),
     }
 
 
 def _fault(dice: random.Random, hosts: str) -> dict[str, Any]:
-    lasting = f"{dice.randint(20, 800)}ms"
-    at = dice.choice(POINTS)
-    kinds = ("pause",) if hosts == "local" else ("pause", "partition", "loss", "delay", "reset")
-    kind = dice.choice(kinds)
-    fault: dict[str, Any] = {"kind": kind, "at": at, "for": lasting}
+    fault: dict[str, Any] = {"at": dice.choice(POINTS), "for": f"{dice.randint(20, 800)}ms"}
+    kind = dice.choice(("pause",) if hosts == "local" else ("pause", *CONTAINER_FAULTS))
     if kind == "pause":
-        fault["what"] = dice.choice(PROCESSES)
-    elif kind == "loss":
-        fault["share"] = f"{dice.randint(1, 20)}%"
-    elif kind == "delay":
-        fault["delay"] = f"{dice.randint(1, 50)}ms"
-    return fault
+        return {**fault, "kind": kind, "what": dice.choice(PROCESSES)}
+    host = dice.choice(("source", "dest"))
+    return {**fault, "kind": kind, "host": host, **CONTAINER_FAULTS[kind](dice)}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
+from testbed.checkers.verdict import Finding, Verdict
 from testbed.cli import app
 from testbed.crashes.cell import CellRun
 from testbed.crashes.table import CELLS, cell_named
@@ -27,7 +28,8 @@ def test_every_run_that_is_drawn_is_possible_and_the_same_again(hosts):
     assert len(scenarios) > 50
     assert {scenario.hosts.kind for scenario in scenarios} == {hosts}
     kinds = {fault.kind for scenario in scenarios for fault in scenario.fault}
-    assert kinds == ({"pause"} if hosts == "local" else {"pause", "partition", "loss", "delay", "reset"})
+    assert kinds == ({"pause"} if hosts == "local" else {"pause", *soaking.CONTAINER_FAULTS})
+    assert not kinds & {"kill"}, "what a kill leads to is the table's, cell by cell"
 
 
 def test_the_matrix_is_every_cell_once():
@@ -110,3 +112,22 @@ def test_the_command_line_tells_nothing_but_json_where_that_is_wanted(tmp_path):
 
 def test_a_cell_of_a_matrix_is_as_it_is_by_name():
     assert of_cell(cell_named("commit.sent/both"), 1, 2, "local").title == "crash commit.sent/both"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "problems"),
+    [
+        ("completed", ["bytes: some came from elsewhere"]),
+        ("failed", []),
+        ("guest_lost", ["the outcome is guest_lost, and no fault kills a guest"]),
+    ],
+)
+def test_a_run_that_completed_has_all_its_evidence_whatever_came_on_its_way(outcome, problems):
+    findings = {
+        "bytes": Finding(Verdict.UNKNOWN, ("some came from elsewhere",)),
+        "expectation": Finding(Verdict.INVALID, ("another outcome",)),
+    }
+    reasons = [f"{name}: {reason}" for name, finding in findings.items() for reason in finding.reasons]
+    judgement = SimpleNamespace(findings=findings, reasons=reasons)
+    run = SimpleNamespace(result=SimpleNamespace(outcome=outcome), judgement=judgement)
+    assert soaking.problems_of(run, faults=True) == problems
