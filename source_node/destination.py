@@ -48,9 +48,12 @@ LINK_CODES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EX
 # How gRPC words that it could not connect, so that nobody has heard of the call; its code is that of a connection
 # that broke.
 NOT_CONNECTED = ("failed to connect to all addresses", "errors resolving")
-# And that this was an answer: nobody listens, no such name, not who was meant. The rest is silence, which may be
-# a slow link's: a lost link, as whatever is worded otherwise some day, and waited for.
-SAID_NO = ("errors resolving", "Connection refused", "Verification Check failed", "TSI_PROTOCOL_FAILURE")
+# And that this was an answer: no such name, nobody listens, who listens is no gRPC server or not who was meant. The
+# rest is silence, which may be a slow link: a lost link, as whatever is worded otherwise some day, and waited for.
+SAID_NO = (
+    "errors resolving", "Connection refused", "Failed parsing HTTP/2", "Verification Check failed",
+    "TSI_PROTOCOL_FAILURE",
+)  # fmt: skip
 
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),

@@ -58,6 +58,10 @@ ANOTHERS_NAME = Refusal(
     grpc.StatusCode.UNAVAILABLE,
     "failed to connect to all addresses; last error: Hostname Verification Check failed.",
 )
+NO_GRPC = Refusal(
+    grpc.StatusCode.UNAVAILABLE,
+    "failed to connect to all addresses; last error: Failed parsing HTTP/2 (Expected SETTINGS frame)",
+)
 SLOW = Refusal(
     grpc.StatusCode.UNAVAILABLE,
     "failed to connect to all addresses; last error: connection attempt timed out before receiving SETTINGS frame",
@@ -98,7 +102,9 @@ def fixture_asked_by_hand():
 
 
 @pytest.mark.parametrize(
-    "error", [NOBODY, UNKNOWN_NAME, ANOTHERS_NAME], ids=["nobody", "unknown name", "another's name"]
+    "error",
+    [NOBODY, UNKNOWN_NAME, NO_GRPC, ANOTHERS_NAME],
+    ids=["nobody", "unknown name", "no gRPC server", "another's name"],
 )
 def test_a_link_that_was_never_up_is_not_lost(asked_by_hand, error):
     peer, call, told_here = asked_by_hand
