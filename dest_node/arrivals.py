@@ -10,6 +10,7 @@ Rule 4: figures are since Open of the attempt, so that the two ends differ by th
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
@@ -43,8 +44,12 @@ class Arrivals:
         """All that the source sent in this round on one stream is stored."""
         self._tell("round_received", {"round": index})
 
+    def committed(self) -> None:
+        """Commit was answered. Not on the caller's thread: what a lost connection carried is waited for."""
+        threading.Thread(target=self.answered, args=("commit",), name="arrivals", daemon=True).start()
+
     def answered(self, step: str) -> None:
-        """A control call is about to be answered; the newest of these has the attempt's figures."""
+        """A control call is about to be answered, or was; the newest of these has the attempt's figures."""
         streams = self._streams.sample().fields() if self._streams is not None else {}
         self._tell("wire_received", {"step": step, "streams": streams})
 

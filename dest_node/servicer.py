@@ -81,6 +81,8 @@ class MigrationServicer:
         self, request: migration_pb2.CommitRequest, context: grpc.ServicerContext
     ) -> migration_pb2.CommitReply:
         """Decide."""
+        # When it is answered, not before: the source waits for it. Forget may never come through.
+        context.add_callback(self._arrivals.committed)
         with answered(context):
             reply = self._intake.commit(key_of(request.id), request.image_digest)
             return migration_pb2.CommitReply(

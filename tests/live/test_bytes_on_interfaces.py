@@ -43,6 +43,8 @@ def test_every_byte_at_the_interface_has_its_layer(tmp_path, monkeypatch, offloa
     }
     received = {event.fields["round"] for event in record.all("round_received", "dest")}
     assert sent.keys() == received
+    told = {event.fields["step"] for event in record.all("wire_received", "dest")}
+    assert told == {"commit", "forget"}, "also where the last call does not come through"
     for part in run.result.rounds:
         assert abs(part.dest_wire_bytes - part.wire_bytes) < 0.01 * part.wire_bytes + 32_768
     seen = record.last("wire_seen").fields["hosts"]
